@@ -8,7 +8,7 @@ not know torch, weights, or how a bypass is carried out.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -96,6 +96,7 @@ class Inventory:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Block names in order of execution."""
         return tuple(block.name for block in self.blocks)
 
     def units(self, grain: Grain = "block") -> dict[str, Mask]:
@@ -161,6 +162,13 @@ class Inventory:
             dead.append(level)
         return dead
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a block for tables, with the unit it belongs to at the coarser grains."""
+        return [
+            {**asdict(block), "stage": block.stage, "pair": _unit_name(block, "pair")}
+            for block in self.blocks
+        ]
+
     def kinds(self) -> dict[Bypass, int]:
         """How many blocks take each bypass."""
         return {kind: sum(b.bypass == kind for b in self.blocks) for kind in get_args(Bypass)}
@@ -208,7 +216,9 @@ class _Reader:
     def _stage(
         self, name: str, stage: Any, level: int, *, pushes: bool = False, pops: bool = False
     ) -> None:
-        attentions: Iterable[Any] = getattr(stage, "attentions", None) or [None] * len(stage.resnets)
+        attentions: Iterable[Any] = getattr(stage, "attentions", None) or [None] * len(
+            stage.resnets
+        )
         for index, (resnet, attention) in enumerate(zip(stage.resnets, attentions, strict=True)):
             skip = self.skips.pop() if pops else 0
             self._residual(f"{name}.resnets.{index}", resnet, level, skip)
@@ -236,9 +246,7 @@ class _Reader:
             )
         bypass: Bypass = "shortcut" if hidden != out else "drop_skip" if skip else "identity"
         self.hidden = out
-        self.blocks.append(
-            Block(name, "residual", level, 2**level, hidden, skip, out, bypass)
-        )
+        self.blocks.append(Block(name, "residual", level, 2**level, hidden, skip, out, bypass))
 
     def _attention(self, name: str, module: Any, level: int) -> None:
         _expect(name, module, "Transformer2DModel")

@@ -190,9 +190,7 @@ def main() -> None:
     def check(_: int) -> dict[str, float]:
         model.eval()
         shares = {
-            "heldout_top1_of_100": top1_among_100(
-                model, heldout.images, heldout_ids, heldout_ids
-            ),
+            "heldout_top1_of_100": top1_among_100(model, heldout.images, heldout_ids, heldout_ids),
             "train_top1_of_100": top1_among_100(model, train.images[::9], ids[::9], ids),
         }
         model.train()

@@ -1,0 +1,303 @@
+"""The one door through which checkpoints come in.
+
+Knows the forms a model may have (built in, pipeline folder, U-Net folder, original-layout single
+file, hub id), loads each of them strictly, and refuses what it cannot trust: pickles with code in
+them, remote code, missing or unexpected weights, values that are not finite. It does not know what
+is done with a model.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from bkprune import single_file
+from bkprune.bypass import PrunedUNet
+from bkprune.single_file import (
+    ASSETS,
+    families,
+    first_line,
+    quiet,
+    read_header,
+    read_json,
+    some_names,
+)
+
+BUILT_IN = {"emoji": ASSETS / "emoji"}
+_LIBRARIES = ("diffusers", "transformers", PrunedUNet.__module__)
+_MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts that the model does not bring itself: diffusers folders, and what a file cannot say."""
+
+    tokenizer: Path | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+    prediction_type: str | None = None
+
+
+def load(model: str | Path, parts: Parts | None = None, *, dtype: torch.dtype | None = None) -> Any:
+    """Load a model as a diffusers pipeline on the CPU, in evaluation mode.
+
+    A part that neither the model nor `parts` has is None in the pipeline: a U-Net alone can be
+    profiled, not prompted. The safety checker is left out, as in the papers' protocols.
+
+    Args:
+        model: `emoji`, a diffusers pipeline or U-Net folder, a `.safetensors` or `.ckpt` file in
+            the original layout, or a hub id (which downloads).
+        parts: folders for what the model lacks.
+        dtype: of the weights; float32 by default.
+
+    Raises:
+        ValueError: nothing there, not a U-Net of the Stable Diffusion family, damaged, not strict.
+    """
+    parts = parts or Parts()
+    path = Path(model)
+    if str(model) in BUILT_IN and not path.exists():
+        path = BUILT_IN[str(model)]
+    if path.is_file():
+        file = single_file.read(path, dtype)
+        pipeline = _assemble(file.unet, file.family, parts, dtype, file.vae, file.text_encoder)
+    elif path.is_dir():
+        pipeline = _from_folder(path, parts, dtype)
+    elif _HUB_ID.fullmatch(str(model)):
+        pipeline = _from_folder(_download(str(model)), parts, dtype)
+    else:
+        raise ValueError(
+            f"{model}: no such file or folder (built-in models: {', '.join(BUILT_IN)}; "
+            "a hub id looks like owner/name)"
+        )
+    if parts.prediction_type is not None:
+        settings = {**pipeline.scheduler.config, "prediction_type": parts.prediction_type}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(settings)
+    _refuse_broken_weights(pipeline.unet, str(model))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def need(pipeline: Any, part: str, why: str) -> Any:
+    """A part of the pipeline, or an error that asks for it by name."""
+    value = getattr(pipeline, part, None)
+    if value is None:
+        raise ValueError(
+            f"{why} needs a {part}, which this model lacks: give --{_option(part)} DIR"
+        )
+    return value
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Short hash of names, shapes and a strided sample of the values; seconds for 1e9 weights."""
+    from bkprune.study import digest
+
+    rows = []
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].double().tolist()
+        rows.append([name, list(tensor.shape), str(tensor.dtype), sample])
+    return digest(rows)
+
+
+def _option(part: str) -> str:
+    return part.replace("_", "-")
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+    except Exception as error:
+        raise ValueError(
+            f"{hub_id}: cannot be had from the hub ({first_line(error)}); give a local folder instead"
+        ) from error
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path, parts: Parts, dtype: torch.dtype | None) -> Any:
+    if (folder / "model_index.json").exists():
+        return _from_pipeline_folder(folder, parts, dtype)
+    if (folder / "config.json").exists():
+        unet = _unet_from_folder(folder, dtype)
+        return _assemble(unet, _family_of_config(unet.config), parts, dtype)
+    raise ValueError(
+        f"{folder}: neither model_index.json (a pipeline) nor config.json (a U-Net) is in it"
+    )
+
+
+def _from_pipeline_folder(folder: Path, parts: Parts, dtype: torch.dtype | None) -> Any:
+    index = read_json(folder / "model_index.json")
+    if "unet" not in index:
+        held = [name for name in index if not name.startswith("_")]
+        raise ValueError(
+            f"{folder}: {index.get('_class_name')} has no U-Net (it holds {', '.join(held)}); "
+            "bkprune takes U-Nets of the Stable Diffusion family apart, not transformers"
+        )
+    loaded: dict[str, Any] = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if name in ("safety_checker", "feature_extractor", "image_encoder"):
+            loaded[name] = None
+            continue
+        library, class_name = entry
+        if name == "unet":
+            loaded[name] = _unet_from_folder(folder / name, dtype)
+        elif name in _MODEL_PARTS:
+            override = getattr(parts, name, None)
+            cls = _trusted_class(folder, library, class_name)
+            loaded[name] = _strict(cls, override or folder / name, dtype)
+        elif name == "tokenizer" and parts.tokenizer is not None:
+            loaded[name] = _tokenizer(parts.tokenizer)
+        else:
+            _trusted_class(folder, library, class_name)
+    pipeline_name = str(index.get("_class_name"))
+    pipeline_class = getattr(diffusers, pipeline_name, None)
+    if pipeline_class is None:
+        raise ValueError(f"{folder}/model_index.json: diffusers has no pipeline {pipeline_name!r}")
+    if "requires_safety_checker" in index:
+        loaded["requires_safety_checker"] = False
+    with quiet():
+        return pipeline_class.from_pretrained(folder, local_files_only=True, **loaded)
+
+
+def _unet_from_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    config = read_json(folder / "config.json")
+    class_name = config.get("_class_name")
+    classes = {"UNet2DConditionModel": UNet2DConditionModel, "PrunedUNet": PrunedUNet}
+    if class_name not in classes:
+        kind = class_name or config.get("model_type") or "an unnamed model"
+        raise ValueError(
+            f"{folder}: holds {kind}, where a UNet2DConditionModel is expected "
+            "(Stable Diffusion v1, v2 or XL)"
+        )
+    return _strict(classes[class_name], folder, dtype)
+
+
+def _trusted_class(folder: Path, library: str, class_name: str) -> Any:
+    if library == "stable_diffusion":
+        library = "diffusers"
+    if library not in _LIBRARIES:
+        raise ValueError(
+            f"{folder}/model_index.json asks to import {library}.{class_name}: code from a model "
+            f"is not run; only {', '.join(_LIBRARIES)} are"
+        )
+    cls = getattr(import_module(library), class_name, None)
+    if cls is None:
+        raise ValueError(f"{folder}/model_index.json: {library} has no class {class_name!r}")
+    return cls
+
+
+def _strict(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """`from_pretrained`, except that a weight missing, left over or misshapen is an error."""
+    _check_weight_files(folder)
+    settings: dict[str, Any] = {
+        "local_files_only": True,
+        "output_loading_info": True,
+        "dtype": dtype or torch.float32,
+    }
+    try:
+        with quiet():
+            module, info = cls.from_pretrained(folder, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{folder}: cannot be loaded as {cls.__name__} ({first_line(error)})"
+        ) from error
+    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in info.get(trouble, ()))
+        if names:
+            raise ValueError(f"{folder}: {trouble.replace('_', ' ')}: {some_names(names)}")
+    out: nn.Module = module.eval()
+    return out
+
+
+def _check_weight_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    read_json(folder / "config.json")
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no tokenizer in it ({first_line(error)})") from error
+
+
+# --- families and assembly -------------------------------------------------------------------
+
+
+def _family_of_config(config: Mapping[str, Any]) -> str:
+    """The family whose scheduler and pipeline a bare U-Net most likely wants."""
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    if config.get("use_linear_projection"):
+        return "sd_v2_768" if config.get("sample_size") == 96 else "sd_v2_base"
+    channels = {9: "sd_v1_inpaint", 8: "sd_v1_instruct_pix2pix"}
+    return channels.get(int(config.get("in_channels", 4)), "sd_v1")
+
+
+def _assemble(
+    unet: nn.Module,
+    family: str,
+    parts: Parts,
+    dtype: torch.dtype | None,
+    vae: nn.Module | None = None,
+    text_encoder: nn.Module | None = None,
+) -> Any:
+    settings = families()[family]["scheduler"]
+    components: dict[str, Any] = {
+        "unet": unet,
+        "scheduler": getattr(diffusers, settings["_class_name"]).from_config(settings),
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": None,
+    }
+    if parts.vae is not None:
+        components["vae"] = _strict(AutoencoderKL, parts.vae, dtype)
+    if parts.text_encoder is not None:
+        components["text_encoder"] = _strict(
+            _text_class(parts.text_encoder), parts.text_encoder, dtype
+        )
+    if parts.tokenizer is not None:
+        components["tokenizer"] = _tokenizer(parts.tokenizer)
+    with quiet():
+        if family == "sdxl":
+            return diffusers.StableDiffusionXLPipeline(
+                **components, text_encoder_2=None, tokenizer_2=None, add_watermarker=False
+            )
+        return diffusers.StableDiffusionPipeline(
+            **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+
+
+def _text_class(folder: Path) -> Any:
+    """The class that a text encoder's own config names; CLIP is not assumed."""
+    names = read_json(folder / "config.json").get("architectures") or ["none"]
+    cls = getattr(transformers, str(names[0]), None)
+    if cls is None:
+        raise ValueError(f"{folder}/config.json: transformers has no class {names[0]!r}")
+    return cls
+
+
+def _refuse_broken_weights(unet: nn.Module, model: str) -> None:
+    broken = [
+        name for name, tensor in unet.named_parameters() if not bool(torch.isfinite(tensor).all())
+    ]
+    if broken:
+        raise ValueError(f"{model}: NaN or infinite weights in {some_names(broken)}")

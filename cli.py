@@ -1,0 +1,5 @@
+"""`python cli.py ...` from a checkout is `bkprune ...`."""
+
+from bkprune.cli import main
+
+main()
