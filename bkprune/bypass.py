@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 GUARD = "bkprune:"  # before mid_block_type, so that stock diffusers refuses a pruned config
@@ -63,23 +64,17 @@ class Shortcut(nn.Module):
 def _bypass_for(name: str, kind: str, module: nn.Module) -> nn.Module:
     if isinstance(module, AttentionIdentity | Identity | DropSkip | Shortcut):
         raise ValueError(f"{name} is bypassed already")
-    match kind:
-        case "attention_identity":
-            return AttentionIdentity()
-        case "identity":
-            return Identity()
-        case "drop_skip":
-            return DropSkip(_attribute(name, kind, module, "out_channels"))
-        case "shortcut":
-            return Shortcut(_attribute(name, kind, module, "conv_shortcut"))
-    raise ValueError(f"{name}: unknown bypass {kind!r}")
-
-
-def _attribute(name: str, kind: str, module: nn.Module, attribute: str) -> Any:
-    value = getattr(module, attribute, None)
-    if value is None:
-        raise ValueError(f"{name}: a {type(module).__name__} cannot be bypassed by {kind}")
-    return value
+    is_attention = isinstance(module, Transformer2DModel)
+    shortcut = getattr(module, "conv_shortcut", None)
+    if kind == "attention_identity" and is_attention:
+        return AttentionIdentity()
+    if kind == "identity" and not is_attention and shortcut is None:
+        return Identity()
+    if kind == "drop_skip" and isinstance(module, ResnetBlock2D) and shortcut is not None:
+        return DropSkip(module.out_channels)
+    if kind == "shortcut" and shortcut is not None:
+        return Shortcut(shortcut)
+    raise ValueError(f"{name}: a {type(module).__name__} cannot be bypassed by {kind}")
 
 
 def _module(unet: nn.Module, name: str) -> nn.Module:

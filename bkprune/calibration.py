@@ -89,7 +89,8 @@ class Calibration:
             return self.noise
         if kind == "v_prediction":
             abar = scheduler.alphas_cumprod[self.timesteps].view(-1, 1, 1, 1)
-            return abar.sqrt() * self.noise - (1 - abar).sqrt() * self.latents
+            v: Tensor = abar.sqrt() * self.noise - (1 - abar).sqrt() * self.latents
+            return v
         raise ValueError(f"prediction_type {kind!r} is not supported: epsilon or v_prediction")
 
 

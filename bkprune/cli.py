@@ -159,7 +159,7 @@ def blocks(
 
         pipeline = load(model, Parts(tokenizer, text_encoder, vae))
         inventory = Inventory.of(pipeline.unet)
-        units = inventory.units(grain)  # type: ignore[arg-type]
+        units = inventory.units(_choice("--grain", grain, GRAINS))
         table = pd.DataFrame(inventory.rows())
         table["params"] = [
             sum(p.numel() for p in pipeline.unet.get_submodule(name).parameters())
@@ -176,7 +176,9 @@ def blocks(
         if as_json:
             typer.echo(json.dumps(json.loads(table.to_json(orient="records")), indent=1))
             return
-        _print_table(table, f"{model}: {len(inventory)} blocks, {len(units)} units of grain {grain}")
+        _print_table(
+            table, f"{model}: {len(inventory)} blocks, {len(units)} units of grain {grain}"
+        )
 
 
 @app.command(
@@ -219,7 +221,9 @@ def analyze(
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 1234,
     batch_size: Annotated[int, typer.Option(help="Changes memory and speed, not numbers.")] = 16,
-    force: Annotated[bool, typer.Option("--force", help="Replace a record made otherwise.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a record made otherwise.")
+    ] = False,
     as_json: JSON = False,
     quiet: QUIET = False,
     tokenizer: TOKENIZER = None,
@@ -233,13 +237,15 @@ def analyze(
     resumes what was interrupted, or does nothing.
     """
     with _one_line_errors("the same command resumes where it stopped"):
-        from bkprune.importance import AnalyzeSettings
+        from bkprune.importance import CRITERIA, WEIGHTINGS, AnalyzeSettings
         from bkprune.models import Parts
 
         settings = AnalyzeSettings(
             grain=_choice("--grain", grain, GRAINS),
-            criteria=tuple(c.strip() for c in criterion.split(",") if c.strip()),  # type: ignore[arg-type]
-            weighting=weighting,  # type: ignore[arg-type]
+            criteria=tuple(
+                _choice("--criterion", c.strip(), CRITERIA) for c in criterion.split(",")
+            ),
+            weighting=_choice("--weighting", weighting, WEIGHTINGS),
             n_samples=samples,
             n_bins=bins,
             seed=seed,
@@ -298,9 +304,7 @@ def _analyze(
     with _progress(quiet) as progress:
         calibration = _calibration(pipeline, source, settings)
         words = source if isinstance(source, list) else source.captions if source else [""]
-        table = analyze(
-            pipeline, calibration, words, settings, unfinished, progress, clip_score
-        )
+        table = analyze(pipeline, calibration, words, settings, unfinished, progress, clip_score)
     record.save_table(study.BLOCKS, blocks_table, stamp)
     for name, figure in plots.importance_figures(blocks_table, table):
         record.save_bytes(f"{study.FIGURES}/{name}", plots.png(figure), stamp)

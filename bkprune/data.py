@@ -53,7 +53,9 @@ class Pairs:
             data = _Store(self.source).read(name)
             image = Image.open(io.BytesIO(data)).convert("RGB")
         except (KeyError, FileNotFoundError):
-            raise ValueError(f"{self.source}: {name} is in the caption file but not there") from None
+            raise ValueError(
+                f"{self.source}: {name} is in the caption file but not there"
+            ) from None
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{self.source}/{name}: not a readable image ({error})") from error
         scale = size / min(image.size)

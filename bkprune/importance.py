@@ -68,7 +68,8 @@ class AnalyzeSettings:
         unknown = [name for name in self.criteria if name not in CRITERIA]
         if unknown or not self.criteria:
             raise ValueError(
-                f"unknown criterion {', '.join(unknown) or 'none'}: choose from {', '.join(CRITERIA)}"
+                f"unknown criterion {', '.join(unknown) or 'none'}: "
+                f"choose from {', '.join(CRITERIA)}"
             )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
@@ -185,7 +186,9 @@ def _denoising_errors(
         unfinished.save()
     errors = DenoisingErrors(*(arrays[k] for k in ("output", "task", "power", "error")))
     if not np.isfinite(errors.power).all():
-        raise ValueError("the teacher's output is not finite on the calibration set: broken weights")
+        raise ValueError(
+            "the teacher's output is not finite on the calibration set: broken weights"
+        )
     return errors
 
 
@@ -338,9 +341,7 @@ def _latent_shift(teacher: Tensor, ablated: Tensor) -> tuple[float, float]:
 # --- for comparison: magnitude, taylor -------------------------------------------------------
 
 
-def _magnitude_table(
-    unet: Any, units: dict[str, Mask], settings: AnalyzeSettings
-) -> pd.DataFrame:
+def _magnitude_table(unet: Any, units: dict[str, Mask], settings: AnalyzeSettings) -> pd.DataFrame:
     measured, counts = [], []
     for blocks in units.values():
         weights = [p for _, p in _parameters(unet, blocks)]
@@ -377,7 +378,11 @@ def _taylor_table(
                 target = sample.target(pipeline.scheduler)
                 (predicted.float() - target).square().mean().backward()
                 arrays["taylor"][rows] = [
-                    sum(float((p.grad * p.detach()).double().sum()) for p in group if p.grad is not None)
+                    sum(
+                        float((p.grad * p.detach()).double().sum())
+                        for p in group
+                        if p.grad is not None
+                    )
                     ** 2
                     for group in parameters
                 ]
@@ -415,5 +420,3 @@ def _totals(
             "seed": settings.seed,
         }
     )
-
-

@@ -65,7 +65,14 @@ def load(model: str | Path, parts: Parts | None = None, *, dtype: torch.dtype | 
     Raises:
         ValueError: nothing there, not a U-Net of the Stable Diffusion family, damaged, not strict.
     """
-    parts = parts or Parts()
+    with quiet():
+        pipeline = _load(model, parts or Parts(), dtype)
+    _refuse_broken_weights(pipeline.unet, str(model))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load(model: str | Path, parts: Parts, dtype: torch.dtype | None) -> Any:
     path = Path(model)
     if str(model) in BUILT_IN and not path.exists():
         path = BUILT_IN[str(model)]
@@ -84,8 +91,6 @@ def load(model: str | Path, parts: Parts | None = None, *, dtype: torch.dtype | 
     if parts.prediction_type is not None:
         settings = {**pipeline.scheduler.config, "prediction_type": parts.prediction_type}
         pipeline.scheduler = type(pipeline.scheduler).from_config(settings)
-    _refuse_broken_weights(pipeline.unet, str(model))
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
@@ -120,7 +125,7 @@ def _download(hub_id: str) -> Path:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:
         raise ValueError(
-            f"{hub_id}: cannot be had from the hub ({first_line(error)}); give a local folder instead"
+            f"{hub_id}: cannot be had from the hub ({first_line(error)}); give a local folder"
         ) from error
 
 
@@ -170,11 +175,10 @@ def _from_pipeline_folder(folder: Path, parts: Parts, dtype: torch.dtype | None)
         raise ValueError(f"{folder}/model_index.json: diffusers has no pipeline {pipeline_name!r}")
     if "requires_safety_checker" in index:
         loaded["requires_safety_checker"] = False
-    with quiet():
-        return pipeline_class.from_pretrained(folder, local_files_only=True, **loaded)
+    return pipeline_class.from_pretrained(folder, local_files_only=True, **loaded)
 
 
-def _unet_from_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def _unet_from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name")
     classes = {"UNet2DConditionModel": UNet2DConditionModel, "PrunedUNet": PrunedUNet}
@@ -210,8 +214,7 @@ def _strict(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
         "dtype": dtype or torch.float32,
     }
     try:
-        with quiet():
-            module, info = cls.from_pretrained(folder, **settings)
+        module, info = cls.from_pretrained(folder, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{folder}: cannot be loaded as {cls.__name__} ({first_line(error)})"
@@ -276,14 +279,13 @@ def _assemble(
         )
     if parts.tokenizer is not None:
         components["tokenizer"] = _tokenizer(parts.tokenizer)
-    with quiet():
-        if family == "sdxl":
-            return diffusers.StableDiffusionXLPipeline(
-                **components, text_encoder_2=None, tokenizer_2=None, add_watermarker=False
-            )
-        return diffusers.StableDiffusionPipeline(
-            **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    if family == "sdxl":
+        return diffusers.StableDiffusionXLPipeline(
+            **components, text_encoder_2=None, tokenizer_2=None, add_watermarker=False
         )
+    return diffusers.StableDiffusionPipeline(
+        **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 def _text_class(folder: Path) -> Any:

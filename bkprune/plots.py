@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -21,7 +23,7 @@ from matplotlib.patches import FancyBboxPatch
 TOTAL = "all"
 _KIND_COLOURS = {"residual": "#3b6fb6", "attention": "#d9822b", "mixed": "#6b7280"}
 _LABELS = {
-    "output": "output error E||ε₋ᵤ − ε||²",
+    "output": "output error E||ε₋ᵤ - ε||²",
     "output_per_power": "output error / teacher's output power",
     "output_per_error": "added error / teacher's own error (1 = as much again)",
     "task": "rise of the denoising loss",
@@ -33,7 +35,9 @@ _LABELS = {
 _DECADES = 4  # of a logarithmic colour scale; what is smaller is shown as the smallest
 
 
-def importance_figures(blocks: pd.DataFrame, importance: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def importance_figures(
+    blocks: pd.DataFrame, importance: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
     """Every figure of an importance table, as `(file name, figure)`.
 
     For each criterion the U and the ranking; where it has timestep bins the map as well, for
@@ -82,23 +86,13 @@ def u_figure(blocks: pd.DataFrame, table: pd.DataFrame) -> Figure:
     column = _unit_column(blocks, pd.Series(total.index))
     score = blocks[column].map(total["score"])
     norm, colours = _norm(total["score"]), colormaps["viridis"]
-    n_levels = int(blocks["level"].max()) + 1
-    figure = Figure(figsize=(12, 1.05 * (n_levels + 1) + 1.5), layout="constrained")
-    axes = figure.add_subplot()
     places = _places(blocks)
-    for level in range(n_levels):
-        at_level = blocks["level"] == level
-        xs = [places[name][0] for name in blocks.loc[at_level, "name"]]
-        down = [x for x in xs if x < 0]
-        up = [x for x in xs if x > 0]
-        if down and up and level < n_levels:
-            y = -1.0 * level
-            axes.plot([max(down) + 0.5, min(up) - 0.5], [y, y], color="#c4c9d0", lw=1, zorder=0)
-        channels = int(blocks.loc[at_level, "out"].mode().iloc[0])
-        factor = int(blocks.loc[at_level, "resolution_factor"].iloc[0])
-        axes.text(
-            min(xs) - 0.7, -level, f"{channels} ch, 1/{factor}", ha="right", va="center", size=9
-        )
+    xs, ys = zip(*places.values(), strict=True)
+    left, right, bottom, top = min(xs) - 2.4, max(xs) + 0.6, min(ys) - 0.5, 0.9
+    figure = Figure(figsize=(0.62 * (right - left) + 1.6, 0.62 * (top - bottom) + 0.5))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    _draw_levels(axes, blocks, places)
     for name, kind, value in zip(blocks["name"], blocks["kind"], score, strict=True):
         x, y = places[name]
         face = colours(norm(value))
@@ -114,50 +108,58 @@ def u_figure(blocks: pd.DataFrame, table: pd.DataFrame) -> Figure:
         axes.add_patch(box)
         dark = sum(c * w for c, w in zip(face[:3], (0.3, 0.59, 0.11), strict=True)) < 0.5
         text = f"{'R' if kind == 'residual' else 'A'}{name.rsplit('.', 1)[1]}"
-        axes.text(
-            x, y, text, ha="center", va="center", size=9, color="white" if dark else "black"
-        )
-    xs = [x for x, _ in places.values()]
-    ys = [y for _, y in places.values()]
-    axes.set_xlim(min(xs) - 2.6, max(xs) + 0.8)
-    axes.set_ylim(min(ys) - 0.6, 0.9)
-    for x, text in ((min(xs), "down_blocks"), (max(xs), "up_blocks")):
-        ha = "left" if x < 0 else "right"
-        axes.text(x - 0.42 if x < 0 else x + 0.42, 0.6, text, ha=ha, size=10, color="#52606d")
-    mids = [places[n] for n in blocks.loc[blocks["stage"] == "mid_block", "name"]]
-    if mids:
-        axes.text(0, mids[0][1] + 0.42, "mid_block", ha="center", size=10, color="#52606d")
+        axes.text(x, y, text, ha="center", va="center", size=9, color="white" if dark else "black")
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
     axes.set_aspect("equal")
     axes.axis("off")
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.8, pad=0.01)
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.9, pad=0.01)
     bar.set_label(_label(criterion))
     axes.set_title(
-        f"Importance of each {'block' if column == 'name' else column}   "
-        "(R residual, A attention)",
+        f"Importance of each {'block' if column == 'name' else column}   (R residual, A attention)",
         size=11,
     )
     return figure
 
 
+def _draw_levels(axes: Axes, blocks: pd.DataFrame, places: dict[str, tuple[float, float]]) -> None:
+    """Skip connections, sizes and the names of the two sides."""
+    grey = "#52606d"
+    for _, members in blocks.groupby("level"):
+        y = -float(members["level"].iloc[0])
+        xs = [places[n][0] for n in members["name"] if places[n][1] == y]
+        inner = (max(x for x in xs if x < 0), min(x for x in xs if x > 0))
+        axes.annotate(
+            "",
+            (inner[1] - 0.5, y),
+            (inner[0] + 0.5, y),
+            arrowprops={"arrowstyle": "->", "color": "#b8c0cc", "lw": 1, "ls": "--"},
+        )
+        size = f"1/{members['resolution_factor'].iloc[0]}"
+        channels = int(members["out"].mode().iloc[0])
+        text = f"{channels} ch, {size}" if size != "1/1" else f"{channels} ch"
+        axes.text(min(xs) - 0.6, y, text, ha="right", va="center", size=9, color=grey)
+    xs_all = [x for x, _ in places.values()]
+    axes.text(min(xs_all) - 0.42, 0.5, "down_blocks.0 ...", size=9, color=grey)
+    axes.text(max(xs_all) + 0.42, 0.5, "... up_blocks", size=9, color=grey, ha="right")
+    mid = [places[n] for n in blocks.loc[blocks["stage"] == "mid_block", "name"]]
+    if mid:
+        axes.text(0, mid[0][1] + 0.42, "mid_block", ha="center", size=9, color=grey)
+
+
 def _places(blocks: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Centre of every block: down stages step to the right as they go in, up stages mirror them."""
+    """Centre of every block: both arms of the U lean inwards, the mid block lies at its bottom."""
     places: dict[str, tuple[float, float]] = {}
-    widest = 0
-    for side in ("down_blocks", "up_blocks"):
-        sizes = blocks[blocks["stage"].str.startswith(side)].groupby("stage").size()
-        widest = max(widest, int(sizes.max()) if len(sizes) else 0)
     n_levels = int(blocks["level"].max()) + 1
-    gap = 2.2
     for stage, members in blocks.groupby("stage", sort=False):
-        level = int(members["level"].iloc[0])
-        n = len(members)
-        inset = 0.55 * level
+        level, n = int(members["level"].iloc[0]), len(members)
+        reach = 2.0 + 0.9 * (n_levels - 1 - level)
         if stage == "mid_block":
             start, y = -(n - 1) / 2, -float(n_levels)
         elif str(stage).startswith("down"):
-            start, y = -gap - widest - 0.55 * n_levels + inset + 0.5, -float(level)
+            start, y = -reach - (n - 1), -float(level)
         else:
-            start, y = gap + widest + 0.55 * n_levels - inset - n + 0.5, -float(level)
+            start, y = reach, -float(level)
         for i, name in enumerate(members["name"]):
             places[name] = (start + i, y)
     return places
@@ -206,7 +208,7 @@ def timestep_figure(blocks: pd.DataFrame, table: pd.DataFrame) -> Figure:
     image = axes.imshow(grid.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
     axes.set_yticks(np.arange(len(grid)), list(grid.index), size=8)
     edges = np.linspace(0, 1000, n_bins + 1).astype(int)
-    ticks = [f"{a}-{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    ticks = [f"{a}-{b - 1}" for a, b in pairwise(edges)]
     axes.set_xticks(np.arange(n_bins), ticks, rotation=35, ha="right", size=8)
     axes.set_xlabel("timestep (0 is nearly clean, 999 nearly noise)")
     figure.colorbar(image, ax=axes, label=_label(str(binned["criterion"].iloc[0])))

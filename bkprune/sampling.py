@@ -49,5 +49,7 @@ def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
     """Pictures `[N, 3, H, W]` in [0, 1] from scaled latents."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     latents = latents / float(vae.config.scaling_factor) + shift
-    pictures = [vae.decode(batch.to(vae.dtype)).sample.float() for batch in latents.split(batch_size)]
+    pictures = [
+        vae.decode(batch.to(vae.dtype)).sample.float() for batch in latents.split(batch_size)
+    ]
     return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)

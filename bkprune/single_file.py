@@ -48,11 +48,10 @@ def read(path: Path, dtype: torch.dtype | None = None) -> SingleFile:
     configs = families()[family]
     unet_config = {**configs["unet"], **_widths(weights)}
     n_unet = sum(name.startswith(_LDM_UNET) for name in weights)
-    with quiet():
-        try:
-            unet = single_file_utils.convert_ldm_unet_checkpoint(dict(weights), unet_config)
-        except KeyError as error:
-            raise ValueError(f"{path}: missing keys: {error.args[0]}") from error
+    try:
+        unet = single_file_utils.convert_ldm_unet_checkpoint(dict(weights), unet_config)
+    except KeyError as error:
+        raise ValueError(f"{path}: missing keys: {error.args[0]}") from error
     if len(unet) != n_unet:
         raise ValueError(
             f"{path}: {n_unet} U-Net tensors, of which {len(unet)} fit {family}: an unknown variant"
@@ -60,8 +59,7 @@ def read(path: Path, dtype: torch.dtype | None = None) -> SingleFile:
     module = _fill(path, UNet2DConditionModel, unet_config, unet, dtype)
     vae = text_encoder = None
     if any(name.startswith("first_stage_model.") for name in weights):
-        with quiet():
-            found = single_file_utils.convert_ldm_vae_checkpoint(dict(weights), configs["vae"])
+        found = single_file_utils.convert_ldm_vae_checkpoint(dict(weights), configs["vae"])
         vae = _fill(path, AutoencoderKL, configs["vae"], found, dtype)
     if "text_encoder" in configs:
         text_encoder = _text_encoder(path, weights, configs["text_encoder"], dtype)
@@ -196,6 +194,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a ValueError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -208,6 +207,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def some_names(names: list[str]) -> str:
+    """The first five names and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 

@@ -57,7 +57,7 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
     ]
     tokens = alphabet + [f"{byte}</w>" for byte in alphabet]
     tokens += [left + right for left, right in merges if left + right not in tokens]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,

@@ -84,7 +84,11 @@ def main() -> None:
         names = {code_points(points): name for points, name in chars.items()}
         for entry in labels:
             name = names.get(code_points(entry["hexcode"]))
-            if name not in icons["icons"] or entry.get("group", 2) in SKIPPED_GROUPS:
+            if (
+                name is None
+                or name not in icons["icons"]
+                or entry.get("group", 2) in SKIPPED_GROUPS
+            ):
                 continue
             buffer = io.BytesIO()
             rasterise(icons, name).save(buffer, "WEBP", lossless=True, quality=100, method=4)
