@@ -22,7 +22,6 @@ from bkprune.blocks import GRAINS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from bkprune.calibration import Calibration
     from bkprune.data import Pairs
     from bkprune.importance import AnalyzeSettings
     from bkprune.models import Parts
@@ -302,9 +301,7 @@ def _analyze(
     blocks_table = pd.DataFrame(inventory.rows())
     unfinished = study.Unfinished(record, study.IMPORTANCE, stamp)
     with _progress(quiet) as progress:
-        calibration = _calibration(pipeline, source, settings)
-        words = source if isinstance(source, list) else source.captions if source else [""]
-        table = analyze(pipeline, calibration, words, settings, unfinished, progress, clip_score)
+        table = analyze(pipeline, source, settings, unfinished, progress, clip_score)
     record.save_table(study.BLOCKS, blocks_table, stamp)
     for name, figure in plots.importance_figures(blocks_table, table):
         record.save_bytes(f"{study.FIGURES}/{name}", plots.png(figure), stamp)
@@ -333,26 +330,6 @@ def _source(model: str, data: str | None) -> tuple[Pairs | list[str] | None, str
         )
     rows = source if isinstance(source, list) else source.rows
     return source, digest(rows)
-
-
-def _calibration(
-    pipeline: Any, source: Pairs | list[str] | None, settings: AnalyzeSettings
-) -> Calibration:
-    from bkprune.calibration import calibrate
-    from bkprune.sampling import SamplingSettings
-
-    sampling = SamplingSettings(
-        settings.steps, settings.guidance_scale, settings.seed, settings.batch_size
-    )
-    return calibrate(
-        pipeline,
-        source,
-        n=settings.n_samples,
-        n_bins=settings.n_bins,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        sampling=sampling,
-    )
 
 
 def _choice(option: str, value: str, choices: tuple[Any, ...]) -> Any:

@@ -1,7 +1,7 @@
 """How much every unit matters: it is ablated, and what changes is measured.
 
-Knows the criteria, their weighting over timesteps and their standard errors, and measures in
-batches that a kill cannot lose. It does not know budgets or costs, and draws nothing.
+Knows the criteria, their weighting over timesteps, their standard errors and the importance table.
+It does not know how an ablation is run, nor budgets and costs, and draws nothing.
 
 For one sample with noise level t let `eps` be the teacher's output, `eps_u` its output without unit
 u, `y` the training target, and `w(t)` the weighting:
@@ -20,7 +20,7 @@ All squares are means over elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -28,13 +28,21 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from bkprune.blocks import Grain, Inventory, Mask
-from bkprune.bypass import Replay, bypassed
-from bkprune.calibration import Calibration
+from bkprune.ablation import (
+    Array,
+    DenoisingErrors,
+    Progress,
+    denoising_errors,
+    sampled_latents,
+    squared_slopes,
+)
+from bkprune.blocks import Grain, Inventory, Mask, Plan
+from bkprune.calibration import Calibration, calibrate
+from bkprune.data import Pairs
 from bkprune.metrics import ClipScore
-from bkprune.sampling import SamplingSettings, decode, sample_latents
+from bkprune.sampling import SamplingSettings, decode
 from bkprune.study import Unfinished
 
 Criterion = Literal["output", "task", "latent", "clip", "magnitude", "taylor"]
@@ -44,9 +52,6 @@ WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 COLUMNS = ["unit", "criterion", "timestep_bin", "score", "stderr", "n", "seed"]
 TOTAL = "all"
 SNR_GAMMA = 5.0
-
-Array = NDArray[np.float64]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ class AnalyzeSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
     @property
+    def sampling(self) -> SamplingSettings:
+        """How pictures are drawn, where a criterion or prompts alone need them."""
+        return SamplingSettings(self.steps, self.guidance_scale, self.seed, self.batch_size)
+
+    @property
     def stamped(self) -> dict[str, Any]:
         """The settings that can change a number."""
         return {k: v for k, v in asdict(self).items() if k != "batch_size"}
@@ -92,14 +102,21 @@ class AnalyzeSettings:
 
 def analyze(
     pipeline: Any,
-    calibration: Calibration,
-    prompts: list[str],
+    source: Pairs | list[str] | None,
     settings: AnalyzeSettings,
     unfinished: Unfinished,
     progress: Progress = lambda done, total, what: None,
     clip_score: ClipScore | None = None,
 ) -> pd.DataFrame:
     """Ablate every unit of the grain under every criterion.
+
+    Args:
+        pipeline: the model; its U-Net is left as it is.
+        source: captioned images, prompts, or None for noise; see `calibrate`.
+        settings: what is measured.
+        unfinished: where measurements are kept until the table is whole.
+        progress: told what is done of how much.
+        clip_score: the judge, for the criterion `clip`.
 
     Returns:
         The importance table, one row for each unit, criterion and timestep bin (and `all`), best
@@ -110,12 +127,30 @@ def analyze(
     units = inventory.units(settings.grain)
     parts: list[pd.DataFrame] = []
     wanted = set(settings.criteria)
+    if wanted & {"output", "task", "taylor"}:
+        calibration = calibrate(
+            pipeline,
+            source,
+            n=settings.n_samples,
+            n_bins=settings.n_bins,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            sampling=settings.sampling,
+        )
     if wanted & {"output", "task"}:
-        errors = _denoising_errors(
-            pipeline, calibration, inventory, units, settings, unfinished, progress
+        errors = denoising_errors(
+            pipeline,
+            calibration,
+            [inventory.plan(blocks) for blocks in units.values()],
+            settings.batch_size,
+            unfinished,
+            progress,
         )
         parts += _denoising_tables(errors, calibration, pipeline, units, settings)
     if wanted & {"latent", "clip"}:
+        prompts = source.captions if isinstance(source, Pairs) else source
+        if prompts is None:
+            raise ValueError("latent and clip sample pictures: they need prompts, not noise")
         parts += _sampling_tables(
             pipeline, prompts, inventory, units, settings, unfinished, progress, clip_score
         )
@@ -134,67 +169,6 @@ def analyze(
 
 
 # --- one U-Net pass a sample: output, task ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DenoisingErrors:
-    """Per sample, as means over elements: rows are samples, columns units.
-
-    `output` is ||eps_u - eps||^2 and `task` ||eps_u - y||^2, both `[N, units]`; `power` is
-    ||eps||^2 and `error` ||eps - y||^2, both `[N]`.
-    """
-
-    output: Array
-    task: Array
-    power: Array
-    error: Array
-
-
-def _denoising_errors(
-    pipeline: Any,
-    calibration: Calibration,
-    inventory: Inventory,
-    units: dict[str, Mask],
-    settings: AnalyzeSettings,
-    unfinished: Unfinished,
-    progress: Progress,
-) -> DenoisingErrors:
-    """One recorded pass a batch, then every unit by replay; saved after each batch."""
-    n, unet = len(calibration), pipeline.unet
-    arrays = unfinished.arrays
-    if "output" not in arrays:
-        shape = (n, len(units))
-        arrays |= {"output": np.full(shape, np.nan), "task": np.full(shape, np.nan)}
-        arrays |= {"power": np.full(n, np.nan), "error": np.full(n, np.nan)}
-    plans = [inventory.plan(blocks) for blocks in units.values()]
-    total = n * (len(units) + 1)
-    for rows, batch in calibration.batches(settings.batch_size):
-        if not np.isnan(arrays["power"][rows]).any():
-            continue
-        target = batch.target(pipeline.scheduler).double()
-        replay = Replay(unet, **batch.inputs(pipeline.scheduler, unet.dtype))
-        teacher = replay.output.double()
-        output, task = (np.empty((len(batch), len(plans))) for _ in range(2))
-        for column, plan in enumerate(plans):
-            ablated = replay.ablate(plan).double()
-            output[:, column] = _mean_square(ablated - teacher)
-            task[:, column] = _mean_square(ablated - target)
-            progress(rows.start * (len(units) + 1) + len(batch) * (column + 2), total, "ablating")
-        arrays["output"][rows], arrays["task"][rows] = output, task
-        arrays["power"][rows] = _mean_square(teacher)
-        arrays["error"][rows] = _mean_square(teacher - target)
-        unfinished.save()
-    errors = DenoisingErrors(*(arrays[k] for k in ("output", "task", "power", "error")))
-    if not np.isfinite(errors.power).all():
-        raise ValueError(
-            "the teacher's output is not finite on the calibration set: broken weights"
-        )
-    return errors
-
-
-def _mean_square(difference: Tensor) -> Array:
-    values: Array = difference.square().flatten(1).mean(1).numpy()
-    return values
 
 
 def _denoising_tables(
@@ -290,23 +264,14 @@ def _sampling_tables(
     progress: Progress,
     clip_score: ClipScore | None,
 ) -> Iterator[pd.DataFrame]:
-    """Sample the same prompts and seeds without each unit; saved after each unit."""
-    sampling = SamplingSettings(
-        settings.steps, settings.guidance_scale, settings.seed, settings.batch_size
-    )
+    """What whole sampling runs say of each unit: shifts of latents, drops of the CLIP score."""
     chosen = [prompts[i % len(prompts)] for i in range(settings.n_prompts)]
-    arrays, latents = unfinished.arrays, []
-    for done, (unit, plan) in enumerate(
-        [("", {}), *((name, inventory.plan(blocks)) for name, blocks in units.items())]
-    ):
-        key = f"latents/{unit}"
-        if key not in arrays:
-            with bypassed(pipeline.unet, plan):
-                arrays[key] = sample_latents(pipeline, chosen, sampling).numpy()
-            unfinished.save()
-        latents.append(torch.from_numpy(arrays[key]))
-        progress(done + 1, len(units) + 1, "sampling")
-    teacher, ablated = latents[0], latents[1:]
+    plans: dict[str, Plan] = {"": {}} | {
+        name: inventory.plan(blocks) for name, blocks in units.items()
+    }
+    teacher, *ablated = sampled_latents(
+        pipeline, chosen, plans, settings.sampling, unfinished, progress
+    )
     if "latent" in settings.criteria:
         measured = [_latent_shift(teacher, z) for z in ablated]
         yield _totals("latent", units, measured, len(chosen), settings)
@@ -344,7 +309,7 @@ def _latent_shift(teacher: Tensor, ablated: Tensor) -> tuple[float, float]:
 def _magnitude_table(unet: Any, units: dict[str, Mask], settings: AnalyzeSettings) -> pd.DataFrame:
     measured, counts = [], []
     for blocks in units.values():
-        weights = [p for _, p in _parameters(unet, blocks)]
+        weights = list(_parameters(unet, blocks))
         n = sum(p.numel() for p in weights)
         square = sum(float(p.detach().double().square().sum()) for p in weights) / n
         fourth = sum(float(p.detach().double().pow(4).sum()) for p in weights) / n
@@ -363,42 +328,14 @@ def _taylor_table(
     unfinished: Unfinished,
     progress: Progress,
 ) -> pd.DataFrame:
-    """One backward pass a sample, so that the standard error is one over samples."""
-    unet, n = pipeline.unet, len(calibration)
-    arrays = unfinished.arrays
-    arrays.setdefault("taylor", np.full((n, len(units)), np.nan))
-    required = [p.requires_grad for p in unet.parameters()]
-    unet.requires_grad_(True)
-    parameters = [[p for _, p in _parameters(unet, blocks)] for blocks in units.values()]
-    try:
-        for rows, sample in calibration.batches(1):
-            if np.isnan(arrays["taylor"][rows]).any():
-                unet.zero_grad(set_to_none=True)
-                predicted = unet(**sample.inputs(pipeline.scheduler, unet.dtype)).sample
-                target = sample.target(pipeline.scheduler)
-                (predicted.float() - target).square().mean().backward()
-                arrays["taylor"][rows] = [
-                    sum(
-                        float((p.grad * p.detach()).double().sum())
-                        for p in group
-                        if p.grad is not None
-                    )
-                    ** 2
-                    for group in parameters
-                ]
-                if rows.stop % 16 == 0:
-                    unfinished.save()
-            progress(rows.stop, n, "gradients")
-    finally:
-        unet.zero_grad(set_to_none=True)
-        for parameter, flag in zip(unet.parameters(), required, strict=True):
-            parameter.requires_grad_(flag)
-    return _table("taylor", units, arrays["taylor"], calibration.bins.numpy(), settings)
+    groups = [list(_parameters(pipeline.unet, blocks)) for blocks in units.values()]
+    values = squared_slopes(pipeline, calibration, groups, unfinished, progress)
+    return _table("taylor", units, values, calibration.bins.numpy(), settings)
 
 
-def _parameters(unet: Any, blocks: Mask) -> Iterator[tuple[str, Any]]:
+def _parameters(unet: Any, blocks: Mask) -> Iterator[nn.Parameter]:
     for block in sorted(blocks):
-        yield from unet.get_submodule(block).named_parameters(prefix=block)
+        yield from unet.get_submodule(block).parameters()
 
 
 def _totals(

@@ -164,7 +164,7 @@ class Unfinished:
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
         if self._path.exists():
             try:
-                with np.load(self._path, allow_pickle=False) as stored:
+                with np.load(io.BytesIO(self._path.read_bytes()), allow_pickle=False) as stored:
                     if str(stored["stamp"]) == self._key:
                         self.arrays = {k: stored[k] for k in stored.files if k != "stamp"}
             except (OSError, ValueError, KeyError, zipfile.BadZipFile):
