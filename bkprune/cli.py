@@ -283,8 +283,8 @@ def _analyze(
     from bkprune.models import fingerprint, load
 
     record = study.Study(folder)
-    source, source_key = _source(model, data)
     pipeline = load(model, parts)
+    source, source_key = _source(model, data)
     inventory = Inventory.of(pipeline.unet)
     clip_score = ClipScore.load(clip) if "clip" in settings.criteria else None
     inputs = {"model": fingerprint(pipeline.unet), "data": source_key}
