@@ -258,7 +258,8 @@ def analyze(
         table = _analyze(model, parts, data, clip, folder, settings, force=force, quiet=quiet)
         if as_json:
             typer.echo(table.to_json(orient="records", indent=1))
-        elif not quiet:
+            return
+        if not quiet:
             _print_importance(table)
         typer.echo(str(folder / "importance.csv"))
 

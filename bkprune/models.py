@@ -212,6 +212,7 @@ def _strict(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
         "local_files_only": True,
         "output_loading_info": True,
         "dtype": dtype or torch.float32,
+        "variant": _variant(folder),
     }
     try:
         module, info = cls.from_pretrained(folder, **settings)
@@ -225,6 +226,12 @@ def _strict(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
             raise ValueError(f"{folder}: {trouble.replace('_', ' ')}: {some_names(names)}")
     out: nn.Module = module.eval()
     return out
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` for a folder that holds nothing but half-precision weights."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
 def _check_weight_files(folder: Path) -> None:

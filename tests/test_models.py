@@ -63,6 +63,16 @@ def test_folders(pipeline_folder: Path, unet_folder: Path, teacher: Any) -> None
     assert whole.scheduler.config.prediction_type == "v_prediction"
 
 
+def test_a_folder_may_hold_half_precision_alone(teacher: Any, tmp_path: Path) -> None:
+    PrunedUNet.from_teacher(teacher, {}).half().save_pretrained(tmp_path, variant="fp16")
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    unet = load(tmp_path).unet
+    assert unet.dtype == torch.float32
+    assert load(tmp_path, dtype=torch.float16).unet.dtype == torch.float16
+
+
 def test_a_text_encoder_need_not_be_clip(unet_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(
