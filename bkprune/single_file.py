@@ -125,8 +125,10 @@ def _widths(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         tensor = weights.get(f"{_LDM_UNET}input_blocks.{3 * level + 1}.0.out_layers.3.weight")
         if tensor is not None:
             widths.append(int(tensor.shape[0]))
-    text = next(t for name, t in weights.items() if name.endswith("attn2.to_k.weight"))
-    return {"block_out_channels": widths, "cross_attention_dim": int(text.shape[1])}
+    text_widths = [t.shape[1] for name, t in weights.items() if name.endswith("attn2.to_k.weight")]
+    if not text_widths:
+        raise ValueError("no cross-attention in it: not SD v1, v2 or XL")
+    return {"block_out_channels": widths, "cross_attention_dim": int(text_widths[0])}
 
 
 def _text_encoder(
@@ -136,8 +138,7 @@ def _text_encoder(
     is_open_clip = any(name.startswith("cond_stage_model.model.") for name in weights)
     if not (is_clip or is_open_clip):
         return None
-    with torch.device("meta"):
-        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
     if is_clip:
         found = single_file_utils.convert_ldm_clip_checkpoint(dict(weights))
     else:
@@ -145,10 +146,9 @@ def _text_encoder(
     found = {
         name.removeprefix("text_model."): tensor
         for name, tensor in found.items()
-        if not name.endswith(("position_ids", "text_projection.weight"))
+        if not name.endswith("position_ids") and not name.startswith("text_projection")
     }
-    found = {name: tensor for name, tensor in found.items() if name != "text_projection"}
-    return _assign(path, transformers.CLIPTextModel(model.config), found, dtype)
+    return _assign(path, model, found, dtype)
 
 
 def _fill(

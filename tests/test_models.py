@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
-from bkprune import Inventory, PrunedUNet
+from bkprune import Inventory, PrunedUNet, single_file
 from bkprune.models import BUILT_IN, Parts, fingerprint, load, need
 from tests.conftest import SMALL, build, forward
 
@@ -238,6 +240,67 @@ def test_single_files_load_offline(wide: Any, ldm: dict[str, Tensor], tmp_path: 
         assert torch.equal(forward(pipeline.unet), expected)
         assert pipeline.scheduler.config.prediction_type == "epsilon"
         assert pipeline.text_encoder is None
+
+
+_VAE = [
+    (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.0\.resnets\.(\d)", r"up.1.block.\1"),
+    (r"up_blocks\.1\.resnets\.(\d)", r"up.0.block.\1"),
+    (r"up_blocks\.0\.upsamplers\.0", "up.1.upsample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"mid_block\.attentions\.0\.to_", "mid.attn_1."),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+]
+
+
+def test_a_single_file_brings_its_vae_and_text_encoder(
+    wide: Any, ldm: dict[str, Tensor], tmp_path: Path, monkeypatch: Any
+) -> None:
+    families = single_file.families()
+    vae_config = {
+        **families["sd_v1"]["vae"],
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+    }
+    text_config = {**families["sd_v1"]["text_encoder"], "hidden_size": 32, "num_hidden_layers": 1}
+    text_config |= {"intermediate_size": 64, "num_attention_heads": 2}
+    families["sd_v1"] |= {"vae": vae_config, "text_encoder": text_config}
+    monkeypatch.setattr(single_file, "families", lambda: families)
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_config(vae_config).eval()
+    text = CLIPTextModel(CLIPTextConfig(**text_config)).eval()
+    weights = dict(ldm)
+    for key, tensor in vae.state_dict().items():
+        name = key
+        for pattern, new in _VAE:
+            name = re.sub(pattern, new, name)
+        is_linear = ".attn_1." in name and tensor.ndim == 2
+        weights[f"first_stage_model.{name}"] = tensor[..., None, None] if is_linear else tensor
+    for key, tensor in text.state_dict().items():
+        weights[f"cond_stage_model.transformer.text_model.{key}"] = tensor
+    torch.save({"state_dict": weights}, tmp_path / "net.ckpt")
+    pipeline = load(tmp_path / "net.ckpt")
+    pixels, ids = torch.rand(1, 3, 16, 16), torch.arange(77)[None]
+    with torch.no_grad():
+        assert torch.equal(
+            pipeline.vae.encode(pixels).latent_dist.mean, vae.encode(pixels).latent_dist.mean
+        )
+        latents = torch.rand(1, 4, 8, 8)
+        assert torch.equal(pipeline.vae.decode(latents).sample, vae.decode(latents).sample)
+        got = pipeline.text_encoder(ids).last_hidden_state
+        assert torch.equal(got, text(ids).last_hidden_state)
+    assert pipeline.tokenizer is None
+    weights.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias")
+    torch.save({"state_dict": weights}, tmp_path / "net.ckpt")
+    with pytest.raises(ValueError, match=r"CLIPTextModel: missing keys: final_layer_norm\.bias"):
+        load(tmp_path / "net.ckpt")
 
 
 def test_single_files_are_strict(ldm: dict[str, Tensor], tmp_path: Path) -> None:
