@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from bkprune import Inventory, PrunedUNet, Replay, bypassed
@@ -156,28 +156,6 @@ def test_stock_diffusers_refuses_the_folder(
     PrunedUNet.from_teacher(teacher, inventory.plan({"mid_block"})).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="unknown mid_block_type"):
         UNet2DConditionModel.from_pretrained(tmp_path)
-
-
-def test_module_path_is_part_of_the_file_format(
-    teacher: Any, inventory: Inventory, tmp_path: Path
-) -> None:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    plan = inventory.plan({"mid_block"})
-    student = PrunedUNet.from_teacher(teacher, plan)
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker"), None)
-    pipeline = StableDiffusionPipeline(
-        unet=student,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **parts,
-    )
-    pipeline.save_pretrained(tmp_path)
-    index = (tmp_path / "model_index.json").read_text()
-    assert '"bkprune.bypass",\n    "PrunedUNet"' in index
-    reloaded = DiffusionPipeline.from_pretrained(tmp_path, **parts)
-    assert torch.equal(forward(reloaded.unet.eval()), forward(student))
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_XL], ids=["sd", "sdxl"])

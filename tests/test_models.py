@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
@@ -98,6 +98,21 @@ def test_a_pruned_folder_loads_but_is_no_teacher(
     assert torch.equal(forward(pipeline.unet), forward(student))
     with pytest.raises(ValueError, match="pruned already"):
         Inventory.of(pipeline.unet)
+
+
+def test_a_pruned_pipeline_loads_and_its_module_path_is_part_of_the_file_format(
+    tmp_path: Path,
+) -> None:
+    pipeline = load("emoji")
+    plan = Inventory.of(pipeline.unet).plan({"mid_block", "up_blocks.1.resnets.0"})
+    student = PrunedUNet.from_teacher(pipeline.unet, plan)
+    pipeline.register_modules(unet=student)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"] == ["bkprune.bypass", "PrunedUNet"]
+    expected = forward(student)
+    assert torch.equal(forward(DiffusionPipeline.from_pretrained(tmp_path).unet.eval()), expected)
+    assert torch.equal(forward(load(tmp_path).unet), expected)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def trained() -> tuple[UNet2DConditionModel, CLIPTextModel]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=8e-4)
     options = parser.parse_args()
