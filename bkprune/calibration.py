@@ -26,6 +26,12 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
+def pick(n_available: int, n: int, seed: int) -> list[int]:
+    """Which pairs or prompts are taken: a seeded shuffle, gone through again when it runs out."""
+    order = torch.randperm(n_available, generator=sample_generator(seed, -1)).tolist()
+    return [order[i % n_available] for i in range(n)]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Noised latents with their conditions: the inputs on which blocks are ablated.
@@ -229,8 +235,7 @@ def calibrate(
         need(pipeline, "text_encoder", "encoding captions")
         need(pipeline, "tokenizer", "encoding captions")
         vae = need(pipeline, "vae", "latents")
-        order = torch.randperm(len(source), generator=sample_generator(seed, -1)).tolist()
-        chosen = [order[i % len(order)] for i in range(n)]
+        chosen = pick(len(source), n, seed)
         if isinstance(source, Pairs):
             pairs = source.subset(chosen)
             size = int(unet.config.sample_size * pipeline.vae_scale_factor)

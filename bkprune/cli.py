@@ -288,10 +288,11 @@ def _analyze(
     source, source_key = _source(model, data)
     inventory = Inventory.of(pipeline.unet)
     clip_score = ClipScore.load(clip) if "clip" in settings.criteria else None
-    inputs = {"model": fingerprint(pipeline.unet), "data": source_key}
+    networks = {name: getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder")}
+    networks["clip"] = clip_score.model if clip_score else None
+    inputs = {name: fingerprint(net) for name, net in networks.items() if net is not None}
+    inputs["data"] = source_key
     inputs["prediction_type"] = str(pipeline.scheduler.config.prediction_type)
-    if clip_score is not None:
-        inputs["clip"] = fingerprint(clip_score.model)
     stamp = study.Stamp.of(settings.stamped, inputs)
     if record.is_current(study.IMPORTANCE, stamp):
         if not quiet:

@@ -39,7 +39,7 @@ from bkprune.ablation import (
     squared_slopes,
 )
 from bkprune.blocks import Grain, Inventory, Mask, Plan
-from bkprune.calibration import Calibration, calibrate
+from bkprune.calibration import Calibration, calibrate, pick
 from bkprune.data import Pairs
 from bkprune.metrics import ClipScore
 from bkprune.sampling import SamplingSettings, decode
@@ -265,7 +265,7 @@ def _sampling_tables(
     clip_score: ClipScore | None,
 ) -> Iterator[pd.DataFrame]:
     """What whole sampling runs say of each unit: shifts of latents, drops of the CLIP score."""
-    chosen = [prompts[i % len(prompts)] for i in range(settings.n_prompts)]
+    chosen = [prompts[i] for i in pick(len(prompts), settings.n_prompts, settings.seed)]
     plans: dict[str, Plan] = {"": {}} | {
         name: inventory.plan(blocks) for name, blocks in units.items()
     }
