@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 CHECKPOINT = BUILD / "unet.pt"
+START = BUILD / "unet-start.pt"  # of unpackage.py: weights to go on from
 CAPTION_DROPOUT = 0.1
 SNR_GAMMA = 5.0
 FALL = 0.25
@@ -113,6 +114,10 @@ def main() -> None:
 
     torch.manual_seed(SEED)
     unet, encoder = build(), text_encoder(stage_clip.trained(tokenizer)).train()
+    if START.exists():
+        start = torch.load(START, map_location="cpu", weights_only=True)
+        unet.load_state_dict(start["unet"])
+        encoder.load_state_dict(start["text_encoder"])
     parameters = list(chain(unet.parameters(), encoder.parameters()))
     optimiser = torch.optim.AdamW(
         parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
