@@ -4,7 +4,7 @@
     python benchmarks/ablation.py --shape sd_v1 --rounds 1 --batch-size 1 --units 6
 
 Both ways run the same units on the same batch, interleaved unit by unit, so that a slow minute of
-the machine hits both alike. `--units N` takes every k-th unit in order of execution.
+the machine hits both alike. `--units N` takes N units evenly spaced in order of execution.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main() -> None:
     inventory = Inventory.of(unet)
     names = list(inventory.names)
     if options.units:
-        names = names[:: max(1, len(names) // options.units)][: options.units]
+        step = len(names) / options.units
+        names = [names[int((i + 0.5) * step)] for i in range(options.units)]
     n = options.batch_size
     sample = noise_latents(unet.config, n, seed=0)
     embeddings, added = noise_conditions(unet.config, n, seed=0)
