@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -79,6 +79,11 @@ def _norm(scores: pd.Series[Any]) -> Normalize:
     return Normalize(min(0.0, float(scores.min())), max(top, 1e-12), clip=True)
 
 
+def _extend(norm: Normalize, lowest: float) -> Literal["min", "neither"]:
+    """An arrow at the scale's end where smaller values are drawn in its last colour."""
+    return "min" if norm.vmin is not None and lowest < norm.vmin else "neither"
+
+
 def u_figure(blocks: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """The U-Net drawn as a U, every block coloured by its unit's score."""
     total = table[table["timestep_bin"] == TOTAL].set_index("unit")
@@ -113,7 +118,10 @@ def u_figure(blocks: pd.DataFrame, table: pd.DataFrame) -> Figure:
     axes.set_ylim(bottom, top)
     axes.set_aspect("equal")
     axes.axis("off")
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.9, pad=0.01)
+    extend = _extend(norm, float(total["score"].min()))
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, shrink=0.9, pad=0.01, extend=extend
+    )
     bar.set_label(_label(criterion))
     axes.set_title(
         f"Importance of each {'block' if column == 'name' else column}   (R residual, A attention)",
@@ -211,5 +219,7 @@ def timestep_figure(blocks: pd.DataFrame, table: pd.DataFrame) -> Figure:
     ticks = [f"{a}-{b - 1}" for a, b in pairwise(edges)]
     axes.set_xticks(np.arange(n_bins), ticks, rotation=35, ha="right", size=8)
     axes.set_xlabel("timestep (0 is nearly clean, 999 nearly noise)")
-    figure.colorbar(image, ax=axes, label=_label(str(binned["criterion"].iloc[0])))
+    label = _label(str(binned["criterion"].iloc[0]))
+    extend = _extend(norm, float(np.nanmin(grid.to_numpy())))
+    figure.colorbar(image, ax=axes, label=label, extend=extend)
     return figure

@@ -7,8 +7,7 @@ over the standard deviation of the training latents (Rombach et al. 2022, append
 
 from __future__ import annotations
 
-import argparse
-
+import recipe
 import torch
 from diffusers import AutoencoderKL
 from recipe import (
@@ -74,11 +73,7 @@ def cache_latents(autoencoder: AutoencoderKL, images: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3300)
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    options = parser.parse_args()
+    options = recipe.options(__doc__, steps=3300, batch_size=12, lr=2e-3)
 
     train, heldout = read_pairs("train"), read_pairs("heldout")
     torch.manual_seed(SEED)

@@ -7,9 +7,9 @@ that the judge never learns the generator's habits.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 
+import recipe
 import torch
 import torch.nn.functional as F
 from recipe import (
@@ -154,11 +154,7 @@ def augment(pixels: Tensor, random: torch.Generator) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    options = parser.parse_args()
+    options = recipe.options(__doc__, steps=800, batch_size=128, lr=1e-3)
 
     train, heldout = read_pairs("train"), read_pairs("heldout")
     tokenizer = train_tokenizer(train.captions)

@@ -6,6 +6,7 @@ rate falls. It does not know any model: each stage builds its own.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -36,6 +37,15 @@ class Pairs:
     images: Tensor
     captions: list[str]
     styles: list[str]
+
+
+def options(doc: str | None, *, steps: int, batch_size: int, lr: float) -> argparse.Namespace:
+    """The command line of a training stage; the defaults are what made the shipped weights."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--lr", type=float, default=lr)
+    return parser.parse_args()
 
 
 def read_pairs(split: str) -> Pairs:

@@ -8,12 +8,12 @@ that a longer run may continue from any checkpoint made before the fall.
 
 from __future__ import annotations
 
-import argparse
 from itertools import chain
 from typing import Any
 
 import autoencoder as stage_autoencoder
 import clip as stage_clip
+import recipe
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -90,11 +90,7 @@ def trained() -> tuple[UNet2DConditionModel, CLIPTextModel]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3800)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    options = parser.parse_args()
+    options = recipe.options(__doc__, steps=3800, batch_size=48, lr=8e-4)
 
     train, heldout = read_pairs("train"), read_pairs("heldout")
     tokenizer = stage_clip.train_tokenizer(train.captions)
