@@ -8,6 +8,7 @@ them. It needs torch and diffusers alone and does not know which plans make sens
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,13 @@ from diffusers import ModelMixin, Transformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-__all__ = ["ModelMixin", "PrunedUNet", "Replay", "bypassed"]  # diffusers looks here for ModelMixin
+__all__ = [
+    "ModelMixin",
+    "PrunedUNet",
+    "Replay",
+    "bypassed",
+    "variant",
+]  # diffusers looks here for ModelMixin
 
 GUARD = "bkprune:"  # before mid_block_type, so that stock diffusers refuses a pruned config
 
@@ -118,6 +125,21 @@ def bypassed(unet: UNet2DConditionModel, plan: Mapping[str, str]) -> Iterator[UN
     """
     with _swapped(unet, _bypasses(unet, plan)):
         yield unet
+
+
+def variant(unet: UNet2DConditionModel, plan: Mapping[str, str]) -> UNet2DConditionModel:
+    """A second network without the plan's blocks that shares the first one's weights.
+
+    Both can be run side by side at the price of one: no weight is copied. The modules are the
+    variant's own, so that what is put into one network is not in the other.
+
+    Raises:
+        ValueError: as `bypassed`.
+    """
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    other: UNet2DConditionModel = copy.deepcopy(unet, shared)
+    _put(other, _bypasses(other, plan))
+    return other
 
 
 class PrunedUNet(UNet2DConditionModel):  # type: ignore[misc]

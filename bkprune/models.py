@@ -37,7 +37,7 @@ from bkprune.single_file import (
 BUILT_IN = {"emoji": ASSETS / "emoji"}
 _LIBRARIES = ("diffusers", "transformers", PrunedUNet.__module__)
 _MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def _load(model: str | Path, parts: Parts, dtype: torch.dtype | None) -> Any:
         pipeline = _assemble(file.unet, file.family, parts, dtype, file.vae, file.text_encoder)
     elif path.is_dir():
         pipeline = _from_folder(path, parts, dtype)
-    elif _HUB_ID.fullmatch(str(model)):
-        pipeline = _from_folder(_download(str(model)), parts, dtype)
+    elif HUB_ID.fullmatch(str(model)):
+        pipeline = _from_folder(download(str(model)), parts, dtype)
     else:
         raise ValueError(
             f"{model}: no such file or folder (built-in models: {', '.join(BUILT_IN)}; "
@@ -120,7 +120,8 @@ def _option(part: str) -> str:
     return part.replace("_", "-")
 
 
-def _download(hub_id: str) -> Path:
+def download(hub_id: str) -> Path:
+    """The local folder of a model on the hub, fetched unless it is there already."""
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:
@@ -282,7 +283,7 @@ def _assemble(
         components["vae"] = _strict(AutoencoderKL, parts.vae, dtype)
     if parts.text_encoder is not None:
         components["text_encoder"] = _strict(
-            _text_class(parts.text_encoder), parts.text_encoder, dtype
+            text_class(read_json(parts.text_encoder / "config.json")), parts.text_encoder, dtype
         )
     if parts.tokenizer is not None:
         components["tokenizer"] = _tokenizer(parts.tokenizer)
@@ -295,12 +296,12 @@ def _assemble(
     )
 
 
-def _text_class(folder: Path) -> Any:
+def text_class(config: Mapping[str, Any]) -> Any:
     """The class that a text encoder's own config names; CLIP is not assumed."""
-    names = read_json(folder / "config.json").get("architectures") or ["none"]
+    names = config.get("architectures") or ["none"]
     cls = getattr(transformers, str(names[0]), None)
     if cls is None:
-        raise ValueError(f"{folder}/config.json: transformers has no class {names[0]!r}")
+        raise ValueError(f"text encoder: transformers has no class {names[0]!r}")
     return cls
 
 

@@ -44,9 +44,10 @@ def read(path: Path, dtype: torch.dtype | None = None) -> SingleFile:
         ValueError: damaged, not trustworthy, of no known family, or not exactly its weights.
     """
     weights = _read_weights(path)
-    family = _family_of_weights(path, {name: tuple(t.shape) for name, t in weights.items()})
+    shapes = {name: tuple(t.shape) for name, t in weights.items()}
+    family = _family_of_weights(path, shapes)
     configs = families()[family]
-    unet_config = {**configs["unet"], **_widths(weights)}
+    unet_config = {**configs["unet"], **_widths(shapes)}
     n_unet = sum(name.startswith(_LDM_UNET) for name in weights)
     try:
         unet = single_file_utils.convert_ldm_unet_checkpoint(dict(weights), unet_config)
@@ -64,6 +65,26 @@ def read(path: Path, dtype: torch.dtype | None = None) -> SingleFile:
     if "text_encoder" in configs:
         text_encoder = _text_encoder(path, weights, configs["text_encoder"], dtype)
     return SingleFile(family, module, vae, text_encoder)
+
+
+def read_configs(path: Path) -> tuple[str, dict[str, Any]]:
+    """Family and configs `{unet, vae, text_encoder}` of what a file holds, from shapes alone.
+
+    Raises:
+        ValueError: damaged, or of no known family.
+    """
+    shapes = (
+        read_header(path)
+        if path.suffix == ".safetensors"
+        else {name: tuple(t.shape) for name, t in _read_weights(path).items()}
+    )
+    family = _family_of_weights(path, shapes)
+    configs = families()[family]
+    held = {"unet": {**configs["unet"], **_widths(shapes)}}
+    for part, prefix in (("vae", "first_stage_model."), ("text_encoder", "cond_stage_model.")):
+        if part in configs and any(name.startswith(prefix) for name in shapes):
+            held[part] = configs[part]
+    return family, held
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -118,14 +139,14 @@ def _family_of_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str
     return by_channels[in_channels]
 
 
-def _widths(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Block widths and text width as they stand in the file: narrower relatives load as well."""
     widths = []
     for level in range(4):
-        tensor = weights.get(f"{_LDM_UNET}input_blocks.{3 * level + 1}.0.out_layers.3.weight")
-        if tensor is not None:
-            widths.append(int(tensor.shape[0]))
-    text_widths = [t.shape[1] for name, t in weights.items() if name.endswith("attn2.to_k.weight")]
+        shape = shapes.get(f"{_LDM_UNET}input_blocks.{3 * level + 1}.0.out_layers.3.weight")
+        if shape is not None:
+            widths.append(shape[0])
+    text_widths = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     if not text_widths:
         raise ValueError("no cross-attention in it: not SD v1, v2 or XL")
     return {"block_out_channels": widths, "cross_attention_dim": int(text_widths[0])}

@@ -25,6 +25,10 @@ import bkprune
 
 BLOCKS = "blocks.csv"
 IMPORTANCE = "importance.csv"
+COST = "cost.csv"
+LATENCY = "latency.csv"
+MACHINE = "machine.json"
+VALIDATION = "validation.csv"
 FIGURES = "figures"
 _STAMPS = "stamps.json"
 

@@ -15,17 +15,28 @@ PACKAGE = ROOT / "bkprune"
 # Imports go down only; rooms of one floor never import one another.
 FLOORS = [
     {"blocks"},
-    {"bypass", "study", "presets", "single_file"},
-    {"data", "models", "sampling", "metrics"},
-    {"calibration"},
-    {"ablation"},
-    {"importance"},
-    {"plots"},
+    {"bypass", "study", "presets", "single_file", "counting", "cost", "machine", "series"},
+    {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing"},
+    {"calibration", "backends", "skeleton", "plots", "plots_cost"},
+    {"ablation", "latency"},
+    {"importance", "profiling"},
+    {"measuring", "terminal"},
+    {"profile_view"},
+    {"cli_analyze", "cli_profile"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OWNERS = {"matplotlib": {"plots"}, "typer": {"cli"}, "rich": {"cli"}}
-WITHOUT_TORCH = {"blocks", "presets", "study", "data", "plots", "cli"}
+COMMANDS = {"cli", "cli_analyze", "cli_profile", "terminal"}
+OWNERS = {
+    "matplotlib": {"drawing", "plots", "plots_cost"},
+    "typer": COMMANDS,
+    "rich": {"terminal"},
+    "fvcore": {"operators"},
+    "onnxruntime": {"graphs", "backends"},
+    "openvino": {"graphs"},
+}
+WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
+WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "profile_view"}
 TORCH_INSIDE = {"data"}  # needs tensors, but no model
 
 
@@ -84,16 +95,26 @@ def test_bypass_needs_nothing_of_ours() -> None:
 
 @pytest.mark.parametrize(
     "code",
-    ["import bkprune", "import bkprune.cli", "import bkprune.plots", "import bkprune.study"],
+    [
+        "import bkprune",
+        "import bkprune.cli",
+        "import bkprune.plots",
+        "import bkprune.plots_cost",
+        "import bkprune.cost",
+        "import bkprune.study",
+    ],
 )
 def test_light_imports_bring_no_torch(code: str) -> None:
     check = f"{code}; import sys; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
-def test_help_brings_no_torch() -> None:
+@pytest.mark.parametrize(
+    ("command", "option"), [("analyze", "--criterion"), ("profile", "--dtype")]
+)
+def test_help_brings_no_torch(command: str, option: str) -> None:
     code = (
-        "import sys; sys.argv = ['bkprune', 'analyze', '--help']\n"
+        f"import sys; sys.argv = ['bkprune', '{command}', '--help']\n"
         "from bkprune.cli import main\n"
         "try: main()\n"
         "except SystemExit as stop: sys.exit(bool(stop.code) or 'torch' in sys.modules)"
@@ -102,7 +123,7 @@ def test_help_brings_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "--criterion" in done.stdout
+    assert option in done.stdout
 
 
 def test_top_level_is_as_agreed() -> None:

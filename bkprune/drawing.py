@@ -1,0 +1,140 @@
+"""How a U-Net is drawn as a U, and what all figures share: colours, scales, PNG bytes.
+
+Knows places and shapes of blocks, no table and no meaning of a value.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+KIND_COLOURS = {"residual": "#3b6fb6", "attention": "#d9822b", "mixed": "#6b7280"}
+COLOURS: Colormap = colormaps["viridis"]
+_DECADES = 4  # of a logarithmic colour scale; what is smaller is shown as the smallest
+_INCH = 0.62  # of a figure for one unit of the drawing
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes, the same for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def unit_column(blocks: pd.DataFrame, units: pd.Series[Any]) -> str:
+    """Which column of the block table names these units: `name`, `pair` or `stage`."""
+    for column in ("name", "pair", "stage"):
+        if set(units) <= set(blocks[column]):
+            return column
+    raise ValueError(f"the table names units that are no blocks: {units.iloc[0]!r}, ...")
+
+
+def scale(scores: pd.Series[Any]) -> Normalize:
+    """Logarithmic for scores above zero, four decades at most; linear otherwise."""
+    top = float(scores.max())
+    if float(scores.min()) > 0:
+        return LogNorm(max(float(scores.min()), top / 10**_DECADES), top, clip=True)
+    return Normalize(min(0.0, float(scores.min())), max(top, 1e-12), clip=True)
+
+
+def extend(norm: Normalize, lowest: float) -> Literal["min", "neither"]:
+    """An arrow at the scale's end where smaller values are drawn in its last colour."""
+    return "min" if norm.vmin is not None and lowest < norm.vmin else "neither"
+
+
+def size_of_u(blocks: pd.DataFrame, inch: float = _INCH) -> tuple[float, float]:
+    """Inches that the drawing wants, width and height; `inch` is a block with its margin."""
+    left, right, bottom, top = _bounds(_places(blocks))
+    return inch * (right - left), inch * (top - bottom)
+
+
+def draw_u(
+    axes: Axes,
+    blocks: pd.DataFrame,
+    values: Mapping[str, float],
+    norm: Normalize,
+    text_size: float = 9,
+) -> None:
+    """The U with every block coloured by its value; residual blocks are boxes, attention pills."""
+    places = _places(blocks)
+    _draw_levels(axes, blocks, places, text_size)
+    for name, kind in zip(blocks["name"], blocks["kind"], strict=True):
+        x, y = places[name]
+        face = COLOURS(norm(values[name]))
+        box = FancyBboxPatch(
+            (x - 0.42, y - 0.3),
+            0.84,
+            0.6,
+            boxstyle=f"round,pad=0,rounding_size={0.08 if kind == 'residual' else 0.28}",
+            facecolor=face,
+            edgecolor="#1f2933",
+            lw=0.8,
+        )
+        axes.add_patch(box)
+        dark = sum(c * w for c, w in zip(face[:3], (0.3, 0.59, 0.11), strict=True)) < 0.5
+        text = f"{'R' if kind == 'residual' else 'A'}{name.rsplit('.', 1)[1]}"
+        colour = "white" if dark else "black"
+        axes.text(x, y, text, ha="center", va="center", size=text_size, color=colour)
+    left, right, bottom, top = _bounds(places)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+    axes.set_aspect("equal")
+    axes.axis("off")
+
+
+def _bounds(places: Mapping[str, tuple[float, float]]) -> tuple[float, float, float, float]:
+    xs, ys = zip(*places.values(), strict=True)
+    return min(xs) - 2.4, max(xs) + 0.6, min(ys) - 0.5, 0.9
+
+
+def _draw_levels(
+    axes: Axes, blocks: pd.DataFrame, places: dict[str, tuple[float, float]], text_size: float
+) -> None:
+    """Skip connections, sizes and the names of the two sides."""
+    grey = "#52606d"
+    for _, members in blocks.groupby("level"):
+        y = -float(members["level"].iloc[0])
+        xs = [places[n][0] for n in members["name"] if places[n][1] == y]
+        inner = (max(x for x in xs if x < 0), min(x for x in xs if x > 0))
+        axes.annotate(
+            "",
+            (inner[1] - 0.5, y),
+            (inner[0] + 0.5, y),
+            arrowprops={"arrowstyle": "->", "color": "#b8c0cc", "lw": 1, "ls": "--"},
+        )
+        size = f"1/{members['resolution_factor'].iloc[0]}"
+        channels = int(members["out"].mode().iloc[0])
+        text = f"{channels} ch, {size}" if size != "1/1" else f"{channels} ch"
+        axes.text(min(xs) - 0.6, y, text, ha="right", va="center", size=text_size, color=grey)
+    xs_all = [x for x, _ in places.values()]
+    axes.text(min(xs_all) - 0.42, 0.5, "down_blocks.0 ...", size=text_size, color=grey)
+    axes.text(max(xs_all) + 0.42, 0.5, "... up_blocks", size=text_size, color=grey, ha="right")
+    mid = [places[n] for n in blocks.loc[blocks["stage"] == "mid_block", "name"]]
+    if mid:
+        axes.text(0, mid[0][1] + 0.42, "mid_block", ha="center", size=text_size, color=grey)
+
+
+def _places(blocks: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Centre of every block: both arms of the U lean inwards, the mid block lies at its bottom."""
+    places: dict[str, tuple[float, float]] = {}
+    n_levels = int(blocks["level"].max()) + 1
+    for stage, members in blocks.groupby("stage", sort=False):
+        level, n = int(members["level"].iloc[0]), len(members)
+        reach = 2.0 + 0.9 * (n_levels - 1 - level)
+        if stage == "mid_block":
+            start, y = -(n - 1) / 2, -float(n_levels)
+        elif str(stage).startswith("down"):
+            start, y = -reach - (n - 1), -float(level)
+        else:
+            start, y = reach, -float(level)
+        for i, name in enumerate(members["name"]):
+            places[name] = (start + i, y)
+    return places
