@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/bkprune analyze emoji --out demo
-	@echo "Look at demo/figures/u_output.png, demo/figures/ranked_output.png and demo/importance.csv"
+	$(BIN)/bkprune profile emoji --out demo --validate 20 --max-seconds 20
+	@echo "Look at demo/figures (u_output.png, u_cost.png, importance_cost.png), demo/importance.csv"
+	@echo "and demo/cost.csv"
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest
@@ -23,6 +25,7 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/latency_methods.py
 
 # Hours on two cores; every stage resumes where it stopped.
 teacher: $(VENV)/.installed-dev

@@ -15,6 +15,7 @@ import bkprune
 from bkprune.blocks import GRAINS
 from bkprune.cli_analyze import analyze
 from bkprune.cli_profile import profile
+from bkprune.cli_search import search
 from bkprune.terminal import (
     JSON,
     MODEL,
@@ -108,3 +109,12 @@ app.command(
     "bkprune profile sd_v1 --latency-cmd 'trtexec --onnx={onnx}' --latency-pattern "
     "'median = ([0-9.]+) ms'"
 )(profile)
+app.command(
+    epilog="Examples:  bkprune search emoji --out demo --budget 'macs<=0.6x'   |   "
+    "bkprune search ./sd15 --out study --budget 'latency<=0.6x' --budget 'params<=500M' "
+    "--keep 'down_blocks.0*'"
+)(search)
+
+
+if __name__ == "__main__":
+    main()

@@ -131,7 +131,7 @@ def _analyze(
 
     record = study.Study(folder)
     pipeline = load(model, parts)
-    source, source_key = _source(model, data)
+    source, source_key = calibration_source(model, data)
     inventory = Inventory.of(pipeline.unet)
     clip_score = ClipScore.load(clip) if "clip" in settings.criteria else None
     networks = {name: getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder")}
@@ -158,7 +158,7 @@ def _analyze(
     return table
 
 
-def _source(model: str, data: str | None) -> tuple[Pairs | list[str] | None, str]:
+def calibration_source(model: str, data: str | None) -> tuple[Pairs | list[str] | None, str]:
     """What to calibrate on, and a name for it that changes when it does."""
     from bkprune.data import read_pairs, read_source
     from bkprune.models import BUILT_IN

@@ -15,28 +15,41 @@ PACKAGE = ROOT / "bkprune"
 # Imports go down only; rooms of one floor never import one another.
 FLOORS = [
     {"blocks"},
-    {"bypass", "study", "presets", "single_file", "counting", "cost", "machine", "series"},
+    {
+        "bypass",
+        "study",
+        "presets",
+        "single_file",
+        "counting",
+        "cost",
+        "machine",
+        "series",
+        "storage",
+    },
     {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing"},
-    {"calibration", "backends", "skeleton", "plots", "plots_cost"},
-    {"ablation", "latency"},
-    {"importance", "profiling"},
-    {"measuring", "terminal"},
+    {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"},
+    {"ablation", "latency", "measured", "program"},
+    {"importance", "profiling", "proposals"},
+    {"measuring", "terminal", "search"},
     {"profile_view"},
     {"cli_analyze", "cli_profile"},
+    {"cli_search"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-COMMANDS = {"cli", "cli_analyze", "cli_profile", "terminal"}
+COMMANDS = {"cli", "cli_analyze", "cli_profile", "cli_search", "terminal"}
 OWNERS = {
-    "matplotlib": {"drawing", "plots", "plots_cost"},
+    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search"},
     "typer": COMMANDS,
     "rich": {"terminal"},
     "fvcore": {"operators"},
+    "optuna": {"search", "storage"},
     "onnxruntime": {"graphs", "backends"},
     "openvino": {"graphs"},
 }
 WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
-WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "profile_view"}
+WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view"}
+WITHOUT_TORCH |= {"space", "program", "proposals", "search", "storage"}
 TORCH_INSIDE = {"data"}  # needs tensors, but no model
 
 
@@ -100,6 +113,8 @@ def test_bypass_needs_nothing_of_ours() -> None:
         "import bkprune.cli",
         "import bkprune.plots",
         "import bkprune.plots_cost",
+        "import bkprune.plots_search",
+        "import bkprune.search",
         "import bkprune.cost",
         "import bkprune.study",
     ],
@@ -110,7 +125,8 @@ def test_light_imports_bring_no_torch(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "option"), [("analyze", "--criterion"), ("profile", "--dtype")]
+    ("command", "option"),
+    [("analyze", "--criterion"), ("profile", "--dtype"), ("search", "--budget")],
 )
 def test_help_brings_no_torch(command: str, option: str) -> None:
     code = (

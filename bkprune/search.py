@@ -1,0 +1,369 @@
+"""The search itself: one Optuna study of masks under budgets, and what comes out of it.
+
+Knows Optuna (one categorical parameter a unit, budgets as constraints, a journal that survives
+kills), in which order proposals are tried, and how the winner is chosen. It gets `quality(mask)`
+from outside and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from bkprune.blocks import Grain, Mask
+from bkprune.presets import PRESETS, preset
+from bkprune.program import least_score
+from bkprune.proposals import greedy, propose, random_feasible
+from bkprune.space import Array, Bits, Budget, Space
+from bkprune.storage import is_dead, worker
+
+Quality = Callable[[Mask], tuple[float, float]]  # what a mask loses, and its standard error
+Progress = Callable[[int, int, str], None]
+
+UNITS, WORKER, SOURCE, STDERR = "units", "worker", "source", "stderr"
+BASELINES = "|".join(["knapsack", "greedy", *PRESETS, r"random \d+"])
+N_RANDOM_BASELINES, TPE_EVERY, N_STARTUP = 5, 8, 12
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched; everything here but the limits enters the record's stamp."""
+
+    grain: Grain = "block"
+    objective: str = "measured"
+    budgets: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    seed: int = 1234
+    n_trials: int = 200
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("additive", "measured"):
+            raise ValueError(f"objective {self.objective!r}: choose additive or measured")
+        if self.n_trials < 1 or (self.timeout_s is not None and self.timeout_s <= 0):
+            raise ValueError("at least one trial and a time limit above 0 s are needed")
+
+    @property
+    def stamped(self) -> dict[str, Any]:
+        """The settings that say what a trial means."""
+        return {k: v for k, v in asdict(self).items() if k not in ("n_trials", "timeout_s")}
+
+
+class _Sampler(TPESampler):  # type: ignore[misc]
+    """Gives a trial the choice that was proposed for it, and TPE's own where none was."""
+
+    def __init__(self, seed: int, parameters: dict[str, BaseDistribution]) -> None:
+        super().__init__(seed=seed)
+        self.proposed: dict[str, Any] | None = None
+        self._parameters = parameters
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._parameters
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if self.proposed is not None:
+            return self.proposed
+        sampled: dict[str, Any] = super().sample_relative(study, trial, search_space)
+        return sampled
+
+
+class Search:
+    """A study of masks that any number of workers may share.
+
+    Raises:
+        ValueError: the study was made with other units or budgets.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        scores: Mapping[str, float],
+        budgets: Sequence[Budget],
+        settings: SearchSettings,
+        storage: BaseStorage,
+        name: str = "bkprune",
+    ) -> None:
+        self.space = space
+        self.budgets = list(budgets)
+        self.settings = settings
+        self.scores: Array = np.array([scores[unit] for unit in space.names])
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._parameters: dict[str, BaseDistribution] = {
+            unit: CategoricalDistribution([False, True]) for unit in space.names
+        }
+        self._sampler = _Sampler(settings.seed, self._parameters)
+        self.study = optuna.create_study(
+            storage=storage, study_name=name, sampler=self._sampler, load_if_exists=True
+        )
+        self._same_study()
+
+    def _same_study(self) -> None:
+        made = {
+            UNITS: self.space.names,
+            "pinned": sorted(self.space.removed),
+            "budgets": [[b.text, b.limit] for b in self.budgets],
+            "settings": self.settings.stamped,
+            "scores": [float(f"{s:.6g}") for s in self.scores],
+        }
+        made = json.loads(json.dumps(made))
+        known = self.study.user_attrs
+        for key, value in made.items():
+            if key not in known:
+                self.study.set_user_attr(key, value)
+            elif known[key] != value:
+                theirs, ours = known[key], value
+                if key == UNITS:
+                    theirs, ours = f"{len(theirs)} units", f"{len(ours)} units"
+                raise ValueError(
+                    f"the study was made with other {key}: {theirs} there, {ours} now; "
+                    "use another --out, or --force to start afresh"
+                )
+
+    # --- running -----------------------------------------------------------------------------
+
+    def run(self, quality: Quality, progress: Progress = lambda d, t, w: None) -> None:
+        """Propose and measure until enough masks are measured, or time is up.
+
+        A mask is never measured twice. Trials that a killed worker has left running are failed and
+        queued again.
+        """
+        self._reclaim()
+        started = time.monotonic()
+        while True:
+            done = self.measured()
+            best = self.best()
+            text = f"best {best.value:.4g}" if best is not None and best.value else "searching"
+            progress(min(len(done), self.settings.n_trials), self.settings.n_trials, text)
+            if len(done) >= self.settings.n_trials:
+                return
+            limit = self.settings.timeout_s
+            if limit is not None and time.monotonic() - started > limit:
+                return
+            proposal = self._next(done)
+            if proposal is None:
+                return  # every feasible mask is measured
+            self._measure(proposal, quality)
+
+    def measured(self) -> list[FrozenTrial]:
+        """Completed trials, in order."""
+        found: list[FrozenTrial] = self.study.get_trials(
+            deepcopy=False, states=(TrialState.COMPLETE,)
+        )
+        return found
+
+    def best(self) -> FrozenTrial | None:
+        """The feasible trial with the least loss, the earliest of equals."""
+        trials = [t for t in self.measured() if is_feasible(t)]
+        return min(trials, key=lambda t: (t.value, t.number), default=None)
+
+    def _taken(self) -> set[bytes]:
+        """Choices that are measured, being measured, or have failed for good."""
+        states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
+        found = set()
+        for trial in self.study.get_trials(deepcopy=False, states=states):
+            params = trial.params or trial.system_attrs.get("fixed_params", {})
+            is_lost = trial.state == TrialState.FAIL and "why" not in trial.user_attrs
+            if len(params) == len(self.space) and not is_lost:
+                found.add(self._bits(params).tobytes())
+        return found
+
+    def _bits(self, params: Mapping[str, Any]) -> Bits:
+        return np.array([bool(params[unit]) for unit in self.space.names])
+
+    def _next(self, done: Sequence[FrozenTrial]) -> Trial | None:
+        taken = self._taken()
+        for bits, source in self.seeds():
+            if bits.tobytes() not in taken:
+                return self._ask(bits, source)
+        n = len(done)
+        random = np.random.default_rng([self.settings.seed, n])
+        if n % TPE_EVERY == TPE_EVERY - 1 and n >= N_STARTUP:
+            trial = self.study.ask(self._parameters)
+            bits = self._bits(trial.params)
+            if bits.tobytes() not in taken and self.space.feasible(bits[None], self.budgets)[0]:
+                trial.set_user_attr(SOURCE, "tpe")
+                return trial
+            self.study.tell(trial, state=TrialState.FAIL)
+        seen = np.array([self._bits(t.params) for t in done])
+        losses = np.array([t.value for t in done], dtype=float)
+        also = [np.frombuffer(key, dtype=bool) for key in taken - {r.tobytes() for r in seen}]
+        if also:  # masks that others are measuring: believed to be as the surrogate says
+            seen = np.concatenate([seen, np.array(also)])
+            losses = np.concatenate([losses, np.full(len(also), float(np.median(losses)))])
+        proposal = propose(self.space, self.scores, self.budgets, seen, losses, random)
+        return None if proposal is None else self._ask(*proposal)
+
+    def _ask(self, bits: Bits, source: str) -> Trial:
+        """A trial of this choice, or of one that is waiting in the queue."""
+        self._sampler.proposed = {
+            unit: bool(bit) for unit, bit in zip(self.space.names, bits, strict=True)
+        }
+        trial = self.study.ask(self._parameters)
+        self._sampler.proposed = None
+        if SOURCE not in trial.user_attrs:
+            trial.set_user_attr(SOURCE, source)
+        return trial
+
+    def _is_doubled(self, trial: Trial) -> bool:
+        """Whether another worker has the same choice under way, and had it first."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return any(t.number < trial.number and t.params == trial.params for t in running)
+
+    def seeds(self) -> list[tuple[Bits, str]]:
+        """What people do today, first of all: exact knapsack, greedy, presets, random feasible."""
+        found: list[tuple[Bits | None, str]] = [
+            (least_score(self.space, self.scores, self.budgets), "knapsack"),
+            (greedy(self.space, self.scores, self.budgets), "greedy"),
+        ]
+        for name in PRESETS:
+            try:
+                found.append((self.space.bits(preset(name, self.space.inventory)), name))
+            except ValueError:
+                continue
+        random = np.random.default_rng(self.settings.seed)
+        drawn = random_feasible(self.space, self.budgets, random, N_RANDOM_BASELINES)
+        found += [(bits, f"random {i}") for i, bits in enumerate(drawn)]
+        distinct: dict[bytes, tuple[Bits, str]] = {}
+        for bits, source in found:
+            if bits is not None and self.space.feasible(bits[None], self.budgets)[0]:
+                same = distinct.get(bits.tobytes())
+                distinct[bits.tobytes()] = (bits, f"{same[1]} + {source}" if same else source)
+        return list(distinct.values())
+
+    def _measure(self, trial: Trial, quality: Quality) -> None:
+        chosen = self._bits(trial.params)
+        trial.set_user_attr(WORKER, worker())
+        if self._is_doubled(trial):
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
+        broken = self.space.violations(chosen[None], self.budgets)[0]
+        for budget, violation in zip(self.budgets, broken, strict=True):
+            trial.set_constraint(budget.text, 0.0 if violation <= 1e-12 else float(violation))
+        trial.set_user_attr("feasible", bool((broken <= 1e-12).all()))
+        value, stderr = quality(self.space.mask(chosen))
+        if not math.isfinite(value):
+            trial.set_user_attr("why", "the output is not finite")
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
+        trial.set_user_attr(STDERR, stderr)
+        self.study.tell(trial, value)
+
+    def _reclaim(self) -> None:
+        """Trials of workers that are dead: failed, and queued again."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if is_dead(trial.user_attrs.get(WORKER)):
+                self.study.tell(trial.number, state=TrialState.FAIL)
+                if len(trial.params) == len(self.space):
+                    source = trial.user_attrs.get(SOURCE, "again")
+                    self.study.enqueue_trial(trial.params, user_attrs={SOURCE: source})
+
+    # --- what came out -----------------------------------------------------------------------
+
+    def candidates(self) -> pd.DataFrame:
+        """Every distinct measured mask with its costs, the best feasible first."""
+        rows = []
+        for trial in self.measured():
+            bits = self._bits(trial.params)
+            mask, cost = self.space.mask(bits), self.space.cost(bits)
+            rows.append(
+                {
+                    "removed": " ".join(sorted(mask, key=self.space.inventory.names.index)),
+                    "n_removed": len(mask),
+                    "additive": float(bits @ self.scores),
+                    "measured": trial.value,
+                    "stderr": trial.user_attrs.get(STDERR),
+                    **asdict(cost),
+                    "feasible": is_feasible(trial),
+                    "source": trial.user_attrs.get(SOURCE, "queued"),
+                    "trial": trial.number,
+                }
+            )
+        table = pd.DataFrame(rows).drop_duplicates("removed")
+        table = table.sort_values(
+            ["feasible", "measured"], ascending=[False, True], kind="stable", ignore_index=True
+        )
+        metric = self.budgets[0].metric if self.budgets else "macs"
+        table["on_front"] = on_front(table["measured"].to_numpy(), table[metric].to_numpy())
+        return table
+
+    def additive(self) -> pd.DataFrame:
+        """The exact additive optimum and the baselines, without measuring anything.
+
+        Raises:
+            ValueError: no mask keeps every budget at once.
+        """
+        rows = []
+        for bits, source in self.seeds():
+            mask, cost = self.space.mask(bits), self.space.cost(bits)
+            rows.append(
+                {
+                    "removed": " ".join(sorted(mask, key=self.space.inventory.names.index)),
+                    "n_removed": len(mask),
+                    "additive": float(bits @ self.scores),
+                    **asdict(cost),
+                    "feasible": True,
+                    "source": source,
+                }
+            )
+        if not rows:
+            raise ValueError("no mask keeps every budget at once: loosen one of them")
+        table = pd.DataFrame(rows).drop_duplicates("removed")
+        return table.sort_values("additive", kind="stable", ignore_index=True)
+
+    def finalists(self, n: int) -> pd.DataFrame:
+        """The best feasible candidates, and every baseline that keeps the budgets."""
+        table = self.candidates()
+        table = table[table["feasible"]]
+        own = table["source"].str.contains(BASELINES, regex=True)
+        return table[own | (np.arange(len(table)) < n)].reset_index(drop=True)
+
+
+def judge(
+    finalists: pd.DataFrame, chosen_on: Quality, held_out: Quality, progress: Progress
+) -> pd.DataFrame:
+    """Measure the finalists on samples that the search has not seen, and put the winner first.
+
+    The winner is chosen on one set of samples and reported on another: the columns `chosen` and
+    `held_out` with their standard errors.
+    """
+    rows = []
+    for i, removed in enumerate(finalists["removed"]):
+        progress(i, len(finalists), "judging finalists")
+        mask = frozenset(str(removed).split())
+        (chosen, error), (held, held_error) = chosen_on(mask), held_out(mask)
+        rows.append((chosen, error, held, held_error))
+    progress(len(finalists), len(finalists), "judging finalists")
+    names = ["chosen", "chosen_stderr", "held_out", "held_out_stderr"]
+    table = finalists.join(pd.DataFrame(rows, columns=names, index=finalists.index))
+    return table.sort_values("chosen", kind="stable", ignore_index=True)
+
+
+def on_front(losses: Array, costs: Array) -> list[bool]:
+    """Which points no other point beats in both, `[n]`."""
+    return [
+        not bool(((losses <= a) & (costs <= b) & ((losses < a) | (costs < b))).any())
+        for a, b in zip(losses, costs, strict=True)
+    ]
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial keeps every budget."""
+    return bool(trial.user_attrs.get("feasible", False))
