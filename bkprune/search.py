@@ -20,7 +20,6 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
-from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bkprune.blocks import Grain, Mask
@@ -63,28 +62,6 @@ class SearchSettings:
         return {k: v for k, v in asdict(self).items() if k not in ("n_trials", "timeout_s")}
 
 
-class _Sampler(TPESampler):  # type: ignore[misc]
-    """Gives a trial the choice that was proposed for it, and TPE's own where none was."""
-
-    def __init__(self, seed: int, parameters: dict[str, BaseDistribution]) -> None:
-        super().__init__(seed=seed)
-        self.proposed: dict[str, Any] | None = None
-        self._parameters = parameters
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._parameters
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if self.proposed is not None:
-            return self.proposed
-        sampled: dict[str, Any] = super().sample_relative(study, trial, search_space)
-        return sampled
-
-
 class Search:
     """A study of masks that any number of workers may share.
 
@@ -109,9 +86,11 @@ class Search:
         self._parameters: dict[str, BaseDistribution] = {
             unit: CategoricalDistribution([False, True]) for unit in space.names
         }
-        self._sampler = _Sampler(settings.seed, self._parameters)
         self.study = optuna.create_study(
-            storage=storage, study_name=name, sampler=self._sampler, load_if_exists=True
+            storage=storage,
+            study_name=name,
+            sampler=TPESampler(seed=settings.seed),
+            load_if_exists=True,
         )
         self._same_study()
 
@@ -196,12 +175,11 @@ class Search:
         n = len(done)
         random = np.random.default_rng([self.settings.seed, n])
         if n % TPE_EVERY == TPE_EVERY - 1 and n >= N_STARTUP:
-            trial = self.study.ask(self._parameters)
-            bits = self._bits(trial.params)
+            suggested = self.study.ask(self._parameters)
+            bits = self._bits(suggested.params)
+            self.study.tell(suggested, state=TrialState.FAIL)
             if bits.tobytes() not in taken and self.space.feasible(bits[None], self.budgets)[0]:
-                trial.set_user_attr(SOURCE, "tpe")
-                return trial
-            self.study.tell(trial, state=TrialState.FAIL)
+                return self._ask(bits, "tpe")
         seen = np.array([self._bits(t.params) for t in done])
         losses = np.array([t.value for t in done], dtype=float)
         also = [np.frombuffer(key, dtype=bool) for key in taken - {r.tobytes() for r in seen}]
@@ -212,20 +190,23 @@ class Search:
         return None if proposal is None else self._ask(*proposal)
 
     def _ask(self, bits: Bits, source: str) -> Trial:
-        """A trial of this choice, or of one that is waiting in the queue."""
-        self._sampler.proposed = {
-            unit: bool(bit) for unit, bit in zip(self.space.names, bits, strict=True)
-        }
-        trial = self.study.ask(self._parameters)
-        self._sampler.proposed = None
-        if SOURCE not in trial.user_attrs:
-            trial.set_user_attr(SOURCE, source)
-        return trial
+        """A trial from the queue, into which this choice goes: perhaps another worker's.
+
+        A queued trial has its worker from the first, so that no kill leaves one without.
+        """
+        params = {unit: bool(bit) for unit, bit in zip(self.space.names, bits, strict=True)}
+        self.study.enqueue_trial(params, user_attrs={SOURCE: source, WORKER: worker()})
+        return self.study.ask(self._parameters)
 
     def _is_doubled(self, trial: Trial) -> bool:
-        """Whether another worker has the same choice under way, and had it first."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return any(t.number < trial.number and t.params == trial.params for t in running)
+        """Whether the same choice is measured, or another worker has it and had it first."""
+        states = (TrialState.RUNNING, TrialState.COMPLETE)
+        others = self.study.get_trials(deepcopy=False, states=states)
+        return any(
+            t.params == trial.params and (t.state == TrialState.COMPLETE or t.number < trial.number)
+            for t in others
+            if t.number != trial.number
+        )
 
     def seeds(self) -> list[tuple[Bits, str]]:
         """What people do today, first of all: exact knapsack, greedy, presets, random feasible."""
@@ -259,6 +240,9 @@ class Search:
             trial.set_constraint(budget.text, 0.0 if violation <= 1e-12 else float(violation))
         trial.set_user_attr("feasible", bool((broken <= 1e-12).all()))
         value, stderr = quality(self.space.mask(chosen))
+        if any(t.params == trial.params for t in self.measured()):
+            self.study.tell(trial, state=TrialState.FAIL)  # another worker was quicker
+            return
         if not math.isfinite(value):
             trial.set_user_attr("why", "the output is not finite")
             self.study.tell(trial, state=TrialState.FAIL)
@@ -269,11 +253,12 @@ class Search:
     def _reclaim(self) -> None:
         """Trials of workers that are dead: failed, and queued again."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if is_dead(trial.user_attrs.get(WORKER)):
+            if is_dead(trial.user_attrs.get(WORKER), trial.datetime_start):
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 if len(trial.params) == len(self.space):
                     source = trial.user_attrs.get(SOURCE, "again")
-                    self.study.enqueue_trial(trial.params, user_attrs={SOURCE: source})
+                    attrs = {SOURCE: source, WORKER: worker()}
+                    self.study.enqueue_trial(trial.params, user_attrs=attrs)
 
     # --- what came out -----------------------------------------------------------------------
 

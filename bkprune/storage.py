@@ -10,12 +10,15 @@ import os
 import shutil
 import socket
 import time
+from datetime import datetime
 from pathlib import Path
 
 import optuna
 import psutil
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+NAMELESS_S = 60.0
 
 
 def open_storage(storage: str | None, journal: Path) -> BaseStorage:
@@ -70,10 +73,14 @@ def worker() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
 
 
-def is_dead(name: str | None) -> bool:
-    """Whether a worker of this machine is gone; of other machines nothing is known."""
+def is_dead(name: str | None, since: datetime | None = None) -> bool:
+    """Whether a worker of this machine is gone; of other machines nothing is known.
+
+    A trial without a name is between two lines of code, or was when its worker died: after
+    `NAMELESS_S` it is taken for dead.
+    """
     if name is None:
-        return False
+        return since is not None and (datetime.now() - since).total_seconds() > NAMELESS_S
     host, pid, created = name.rsplit(":", 2)
     if host != socket.gethostname():
         return False
