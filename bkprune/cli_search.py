@@ -98,6 +98,14 @@ def search(
     workers: Annotated[
         int, typer.Option(help="Processes on this machine.", rich_help_panel=_WHERE)
     ] = 1,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join",
+            help="Only measure for a search that runs elsewhere: no finalists, no files.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Put a study made otherwise aside and start afresh.")
     ] = False,
@@ -141,7 +149,9 @@ def search(
         )
         if workers < 1 or samples < 16:
             raise ValueError("--workers must be at least 1 and --samples at least 16")
-        found = job.run(workers, force=force, quiet=quiet or as_json)
+        found = job.run(workers, join=join, force=force, quiet=quiet or as_json)
+        if found is None:
+            return
         if as_json:
             typer.echo(json.dumps(found, indent=1))
         typer.echo(str(folder / "winner.json"), err=as_json)
@@ -169,7 +179,7 @@ class _Job:
         self.cost, self.data, self.storage = cost, data, storage
         self.n_samples, self.batch_size = n_samples, batch_size
 
-    def run(self, workers: int, *, force: bool, quiet: bool) -> dict[str, Any]:
+    def run(self, workers: int, *, join: bool, force: bool, quiet: bool) -> dict[str, Any] | None:
         from bkprune import search, storage, study
         from bkprune.space import Budget, Space
 
@@ -197,11 +207,13 @@ class _Job:
         finally:
             for helper in helpers:
                 helper.wait()
+        if join:
+            return None
         return self._finish(made, space, qualities, quiet=quiet)
 
     def _helpers(self, n: int) -> list[subprocess.Popen[bytes]]:
         """The same command again, once for each further worker."""
-        words = [sys.executable, "-m", "bkprune.cli", *_without_workers(sys.argv[1:]), "--quiet"]
+        words = [sys.executable, "-m", "bkprune.cli", *_for_a_helper(sys.argv[1:])]
         return [subprocess.Popen(words, stdout=subprocess.DEVNULL) for _ in range(n)]
 
     def _table(self) -> CostTable:
@@ -331,7 +343,8 @@ def _winner(made: Search, space: Space, table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _without_workers(words: list[str]) -> list[str]:
+def _for_a_helper(words: list[str]) -> list[str]:
+    """The same command for one more process, which only measures."""
     kept, skip = [], False
     for word in words:
         if skip:
@@ -340,7 +353,7 @@ def _without_workers(words: list[str]) -> list[str]:
             skip = word == "--workers"
         elif not word.startswith("--workers="):
             kept.append(word)
-    return kept
+    return [*kept, "--join", "--quiet"]
 
 
 def _print_budgets(rows: list[dict[str, Any]]) -> None:

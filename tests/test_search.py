@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from bkprune.blocks import Inventory, Mask
+from bkprune.cli_search import _for_a_helper
 from bkprune.cost import CostTable
 from bkprune.presets import preset
 from bkprune.profiling import Profile, ProfileSettings
@@ -382,3 +383,33 @@ def test_a_search_from_the_command_line(study: Path, monkeypatch: Any) -> None:
 )
 def test_bad_input_is_one_line(args: list[str], words: list[str], study: Path) -> None:
     refused(_search(study, *args), *words)
+
+
+def test_helpers_get_the_same_command() -> None:
+    words = ["search", "emoji", "--workers", "3", "--budget", "macs<=0.8x", "--force"]
+    assert _for_a_helper(words) == [
+        "search",
+        "emoji",
+        "--budget",
+        "macs<=0.8x",
+        "--join",
+        "--quiet",
+    ]
+    assert _for_a_helper(["search", "--workers=2"]) == ["search", "--join", "--quiet"]
+
+
+def test_two_workers_on_one_journal(study: Path, tmp_path: Path) -> None:
+    for name in ("importance.csv", "stamps.json"):
+        (tmp_path / name).write_bytes((study / name).read_bytes())
+    command = [sys.executable, "-W", "ignore", "-m", "bkprune.cli", "search", "emoji"]
+    command += ["--grain", "stage", "--samples", "16", "--budget", "macs<=0.7x", "--trials", "20"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--workers", "2", "--quiet"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "candidates.csv")
+    assert len(table) == len(set(table["removed"])) >= 20
+    assert (tmp_path / "winner.json").exists()

@@ -90,7 +90,7 @@ def trained() -> tuple[UNet2DConditionModel, CLIPTextModel]:
 
 
 def main() -> None:
-    options = recipe.options(__doc__, steps=3800, batch_size=48, lr=8e-4)
+    options = recipe.options(__doc__, steps=8800, batch_size=48, lr=8e-4)
 
     train, heldout = read_pairs("train"), read_pairs("heldout")
     tokenizer = stage_clip.train_tokenizer(train.captions)
