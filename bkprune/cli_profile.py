@@ -200,8 +200,9 @@ def _profile(
     """Everything that is asked for and not there yet; returns what is to be shown."""
     from bkprune import machine, plots_cost, study
     from bkprune.drawing import png
-    from bkprune.measuring import accuracy, compare, measure, validation_masks
+    from bkprune.measuring import compare, measure, validation_masks
     from bkprune.profiling import identity
+    from bkprune.series import accuracy
 
     s = made.settings
     record = study.Study(folder)

@@ -22,9 +22,7 @@ from bkprune.terminal import (
     TOKENIZER,
     VAE,
     choice,
-    notice,
     one_line_errors,
-    print_table,
     progress_bar,
 )
 
@@ -181,6 +179,7 @@ class _Job:
 
     def run(self, workers: int, *, join: bool, force: bool, quiet: bool) -> dict[str, Any] | None:
         from bkprune import search, storage, study
+        from bkprune.search_view import print_budgets
         from bkprune.space import Budget, Space
 
         table = self._table()
@@ -189,7 +188,7 @@ class _Job:
         budgets = [Budget.parse(text, space.teacher) for text in s.budgets]
         satisfiable = space.check(budgets)
         if not quiet:
-            _print_budgets(satisfiable)
+            print_budgets(satisfiable)
         scores = self._scores(space)
         journal = self.record.path(study.JOURNAL)
         if force and self.storage is None:
@@ -292,6 +291,7 @@ class _Job:
         from bkprune import plots_search, study
         from bkprune.drawing import png
         from bkprune.search import judge
+        from bkprune.search_view import print_finalists
 
         inputs = {"units": study.digest(space.names), "cost": study.digest(space.teacher)}
         stamp = study.Stamp.of({**self.settings.stamped, "samples": self.n_samples}, inputs)
@@ -318,7 +318,7 @@ class _Job:
         winner = _winner(made, space, table)
         self.record.save_bytes(study.WINNER, (json.dumps(winner, indent=1) + "\n").encode(), stamp)
         if not quiet:
-            _print_finalists(table, space)
+            print_finalists(table, space)
         return winner
 
 
@@ -354,39 +354,3 @@ def _for_a_helper(words: list[str]) -> list[str]:
         elif not word.startswith("--workers="):
             kept.append(word)
     return [*kept, "--join", "--quiet"]
-
-
-def _print_budgets(rows: list[dict[str, Any]]) -> None:
-    import pandas as pd
-
-    view = pd.DataFrame({"budget": [row["budget"] for row in rows]})
-    for column in ("teacher", "limit", "least"):
-        view[column] = [f"{row[column]:,.6g}" for row in rows]
-    view["limit / teacher"] = [f"{row['share']:.3f}" for row in rows]
-    view["least / teacher"] = [f"{row['least_share']:.3f}" for row in rows]
-    if len(view):
-        print_table(view, "Budgets of the U-Net, and the least that can be reached")
-
-
-def _print_finalists(table: pd.DataFrame, space: Space) -> None:
-    import pandas as pd
-
-    view = pd.DataFrame({"": ["winner", *[""] * (len(table) - 1)], "source": table["source"]})
-    view["blocks"] = table["n_removed"]
-    for column in ("params", "macs", "latency_ms"):
-        whole = getattr(space.teacher, column)
-        if whole:
-            view[column] = [f"{value / whole:.3f}x" for value in table[column]]
-    for column, error in (
-        ("additive", None),
-        ("measured", "stderr"),
-        ("chosen", "chosen_stderr"),
-        ("held_out", "held_out_stderr"),
-    ):
-        if column in table and error is None:
-            view[column] = [f"{value:.4g}" for value in table[column]]
-        elif column in table:
-            pairs = zip(table[column], table[error], strict=True)
-            view[column.replace("_", " ")] = [f"{v:.4g} ± {e:.2g}" for v, e in pairs]
-    print_table(view, "Finalists: output error on samples searched, chosen on, and held out")
-    notice(f"removed: {table['removed'].iloc[0]}")

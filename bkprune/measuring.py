@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import DDIMScheduler
-from scipy import stats
 from torch import nn
 
 from bkprune import cost
@@ -44,11 +43,11 @@ from bkprune.latency import (
 )
 from bkprune.presets import PRESETS, preset
 from bkprune.profiling import Profile
-from bkprune.series import Rounds, Series
+from bkprune.series import Array, Rounds, Series
 from bkprune.skeleton import with_random_weights
 from bkprune.study import Unfinished
 
-MARKED = "marked pass"
+MARKED, OVERHEAD = "marked pass", "an empty call"
 UNET, IMAGE = "unet", "image"
 GUIDANCE_SCALE = 7.5
 
@@ -84,6 +83,7 @@ def measure(
             isolated = Isolated.record(unet, call, modules)
             owner = isolated.owner
             contestants |= isolated.contestants(unet, s.target, clock, progress)
+            contestants[OVERHEAD] = whole(OVERHEAD, _nothing(s.target), clock)
         rounds = interleave(
             contestants, s.timing, unfinished, "timing the U-Net", progress, probing=probing
         )
@@ -159,19 +159,40 @@ def _timed_rows(profile: Profile, rounds: Rounds, owner: Mapping[str, str]) -> p
     unet = rounds[UNET]
     rows = profile.table.rows.set_index("unit")
     modules = cost.rows_of(profile.inventory)
+    shares = {name: _share(rounds, owner[name]) for name in [*modules, *profile.shortcuts()]}
     for name in modules:
-        _put_series(rows, name, rounds.ratio(owner[name], UNET), unet.median)
+        _put_series(rows, name, Series.of(shares[name]), unet.median)
     # medians do not add up: the rest's interval is moved to where the rows do
-    shares = sum((rounds.of(owner[name]) / rounds.of(UNET) for name in modules), np.zeros(1))
+    total = sum((shares[name] for name in modules), np.zeros(1))
     spare = 1 - float(rows.loc[modules, "latency_ms"].sum()) / unet.median
-    rest = Series.of(1 - shares)
+    rest = Series.of(1 - total)
     shift = spare - rest.median
     rest = replace(rest, median=spare, low=rest.low + shift, high=rest.high + shift)
     _put_series(rows, REST, rest, unet.median)
     for name in profile.shortcuts():
-        share = rounds.ratio(owner[name], UNET).median
+        share = float(np.median(shares[name]))
         rows.loc[name.removesuffix(".conv_shortcut"), "shortcut_latency_ms"] = share * unet.median
     return rows
+
+
+def _share(rounds: Rounds, name: str) -> Array:
+    """A module's share of the plain pass; what calling a backend costs by itself is taken off."""
+    own = rounds.of(name)
+    if OVERHEAD in rounds.names:
+        own = np.maximum(own - rounds.of(OVERHEAD), 0.0)
+    share: Array = own / rounds.of(UNET)
+    return share
+
+
+def _nothing(target: Target) -> Pass:
+    """A pass that does nothing, through the backend."""
+    given = torch.ones(1, device=target.device, dtype=target.torch_dtype)
+    return prepare(_Nothing(), Call((given,), {}), target)
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
 
 
 def _image(profile: Profile, passes: Mapping[str, Pass], step: Pass) -> Pass:
@@ -271,16 +292,6 @@ def validation_masks(inventory: Inventory, n: int, seed: int) -> dict[str, Mask]
         except ValueError:
             continue
     return masks
-
-
-def accuracy(compared: pd.DataFrame) -> dict[str, float]:
-    """How well predicted times fit measured ones: MAPE in per cent, Spearman, Kendall."""
-    predicted, measured = compared["predicted_ms"], compared["measured_ms"]
-    return {
-        "mape_percent": 100 * float((predicted / measured - 1).abs().mean()),
-        "spearman": float(stats.spearmanr(predicted, measured).statistic),
-        "kendall": float(stats.kendalltau(predicted, measured).statistic),
-    }
 
 
 def _put_series(rows: pd.DataFrame, name: str, share: Series, scale: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -67,6 +68,7 @@ def median_interval(values: Array) -> tuple[float, float]:
         spread = stats.t.ppf(0.975, n_stretches - 1) * np.std(medians, ddof=1) / n_stretches**0.5
         middle = float(np.median(values))
         low, high = min(low, middle - spread), max(high, middle + spread)
+        low, high = max(low, float(ordered[0])), min(high, float(ordered[-1]))
     return low, high
 
 
@@ -109,3 +111,13 @@ class Rounds:
         if PROBE not in self.names:
             return float("inf")
         return float(np.percentile(self.ms[:, self.names.index(PROBE)], 100 * _QUIETEST))
+
+
+def accuracy(compared: pd.DataFrame) -> dict[str, float]:
+    """How well predicted times fit measured ones: MAPE in per cent, Spearman, Kendall."""
+    predicted, measured = compared["predicted_ms"], compared["measured_ms"]
+    return {
+        "mape_percent": 100 * float((predicted / measured - 1).abs().mean()),
+        "spearman": float(stats.spearmanr(predicted, measured).statistic),
+        "kendall": float(stats.kendalltau(predicted, measured).statistic),
+    }

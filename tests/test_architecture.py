@@ -31,7 +31,7 @@ FLOORS = [
     {"ablation", "latency", "measured", "program"},
     {"importance", "profiling", "proposals"},
     {"measuring", "terminal", "search"},
-    {"profile_view"},
+    {"profile_view", "search_view"},
     {"cli_analyze", "cli_profile"},
     {"cli_search"},
     {"cli"},
@@ -48,7 +48,7 @@ OWNERS = {
     "openvino": {"graphs"},
 }
 WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
-WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view"}
+WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view", "search_view"}
 WITHOUT_TORCH |= {"space", "program", "proposals", "search", "storage"}
 TORCH_INSIDE = {"data"}  # needs tensors, but no model
 
