@@ -104,6 +104,7 @@ def onnxruntime_pass(path: Path, call: Call, device: str, threads: int) -> Pass:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # others run in between
     providers = [PROVIDERS[device]]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
