@@ -50,6 +50,14 @@ def extend(norm: Normalize, lowest: float) -> Literal["min", "neither"]:
     return "min" if norm.vmin is not None and lowest < norm.vmin else "neither"
 
 
+def plain(axes: Axes) -> None:
+    """A light grid behind the data and no frame above and to the right."""
+    axes.grid(color="#e4e7eb")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
 def size_of_u(blocks: pd.DataFrame, inch: float = _INCH) -> tuple[float, float]:
     """Inches that the drawing wants, width and height; `inch` is a block with its margin."""
     left, right, bottom, top = _bounds(_places(blocks))

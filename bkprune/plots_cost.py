@@ -15,7 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from bkprune.drawing import COLOURS, KIND_COLOURS, draw_u, size_of_u, unit_column
+from bkprune.drawing import COLOURS, KIND_COLOURS, draw_u, plain, size_of_u, unit_column
 
 VALIDATION = "predicted_measured.png"
 _TITLES = {"params": "params", "macs": "MACs, with attention matmuls", "latency_ms": "time"}
@@ -90,7 +90,7 @@ def importance_cost(blocks: pd.DataFrame, cost: pd.DataFrame, importance: pd.Dat
         axes.set_yscale("log")
         _name_the_best(axes, of_unit, total.clip(lower=1e-12))
         axes.set_xlabel(f"% of the U-Net's {_TITLES[name]}")
-        _plain(axes)
+        plain(axes)
     figure.axes[0].set_ylabel("importance: output error without it")
     figure.axes[-1].legend(frameon=False, loc="lower right")
     figure.suptitle(
@@ -178,12 +178,5 @@ def validation_figure(compared: pd.DataFrame, accuracy: Mapping[str, float]) -> 
         size=11,
     )
     axes.legend(frameon=False, loc="upper left")
-    _plain(axes)
+    plain(axes)
     return figure
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(color="#e4e7eb")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

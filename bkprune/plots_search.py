@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from bkprune.drawing import plain
 
 _GREY, _BLUE, _ORANGE, _RED = "#9aa5b1", "#3b6fb6", "#d9822b", "#c23b22"
 _BASELINES = ("knapsack", "greedy", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -87,7 +88,7 @@ def front(
     axes.set_xlabel(f"{metric}, as a share of the teacher's")
     axes.set_ylabel("output error without the removed blocks")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -104,7 +105,7 @@ def history(candidates: pd.DataFrame) -> Figure:
     axes.set_xlabel("trial")
     axes.set_ylabel("output error")
     axes.legend(frameon=False)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -150,12 +151,5 @@ def additive_measured(candidates: pd.DataFrame) -> Figure:
     axes.set_yscale("log")
     axes.set_xlabel("summed importance of the removed units")
     axes.set_ylabel("measured output error, ± standard error")
-    _plain(axes)
+    plain(axes)
     return figure
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(color="#e4e7eb")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

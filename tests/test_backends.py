@@ -220,6 +220,14 @@ def test_memory_that_is_not_there(monkeypatch: Any) -> None:
         raise RuntimeError("something else")
 
 
-def test_half_precision_on_the_cpu(unet: UNet2DConditionModel, call: Call) -> None:
+def test_half_precision_runs_in_half_and_stays_near(unet: UNet2DConditionModel, call: Call) -> None:
     half = build(TINY).to(torch.bfloat16)
-    prepare(half, unet_call(half.config, device="cpu", dtype=torch.bfloat16), Target())()
+    own = unet_call(half.config, device="cpu", n_tokens=5, dtype=torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    hook = half.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    prepare(half, own, Target(dtype="bfloat16"))()
+    hook.remove()
+    assert seen[0].dtype == torch.bfloat16
+    expected = torch.from_numpy(_expected(unet, call))
+    error = (seen[0].float() - expected).square().mean() / expected.square().mean()
+    assert error < 1e-3

@@ -55,8 +55,7 @@ own caption scores highest beside 99 others under the small CLIP that ships with
 256 training samples, timesteps stratified and weighted uniformly; they use no guidance.
 
 The recipe aims at a PSNR of at least 26 dB and at a top-1 of at least 0.5 for pictures generated
-from held-in captions. Where the table falls short of that, the U-Net wants a longer training:
-`studies/emoji-teacher/README.md` says how to go on from here.
+from held-in captions. `docs/decisions.md` says how the training went and what limits it.
 
 ![training](training.png)
 """
