@@ -182,8 +182,11 @@ class Search:
                 return self._ask(bits, "tpe")
         seen = np.array([self._bits(t.params) for t in done])
         losses = np.array([t.value for t in done], dtype=float)
-        also = [np.frombuffer(key, dtype=bool) for key in taken - {r.tobytes() for r in seen}]
-        if also:  # masks that others are measuring: believed to be as the surrogate says
+        known = {row.tobytes() for row in seen}
+        also = [np.frombuffer(key, dtype=bool) for key in sorted(taken - known)]
+        if (
+            also
+        ):  # failed, or being measured elsewhere: taken for middling, so that none comes again
             seen = np.concatenate([seen, np.array(also)])
             losses = np.concatenate([losses, np.full(len(also), float(np.median(losses)))])
         proposal = propose(self.space, self.scores, self.budgets, seen, losses, random)
