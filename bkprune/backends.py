@@ -1,4 +1,4 @@
-"""Where and how networks run: device, dtype, threads, backend, the device's clock and memory.
+"""Where and how networks run: device, dtype, threads, backend, and the device's clock.
 
 Knows what each device and backend refuses, before anything is built where that is possible, and
 makes of any network a function without arguments that runs one pass. What is run, how often, and
@@ -8,19 +8,15 @@ what the times mean is for `latency.py`.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 import torch
 from torch import nn
 
@@ -33,10 +29,6 @@ Backend = Literal["eager", "compile", "onnxruntime", "openvino", "command"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino", "command": "onnx"}
-
-
-class OutOfMemoryError(ValueError):
-    """The target has not enough memory for what was asked."""
 
 
 @dataclass(frozen=True)
@@ -223,81 +215,3 @@ def _compiled(network: nn.Module, call: Call) -> Pass:
     except (RuntimeError, OSError, ImportError) as error:
         raise ValueError(f"backend compile failed: {first_line(error)}") from error
     return run
-
-
-# --- memory ----------------------------------------------------------------------------------
-
-
-def available_bytes(device: str) -> int:
-    """Memory that is free on the device now."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def check_memory(target: Target, weight_bytes: int, activation_bytes: int, batch_size: int) -> None:
-    """Refuse a batch that cannot fit, and name the one that would.
-
-    Raises:
-        OutOfMemoryError: weights and activations need more than is free on the device.
-    """
-    free = available_bytes(target.device)
-    if weight_bytes + activation_bytes <= free:
-        return
-    fits = int((free - weight_bytes) / (activation_bytes / batch_size) * 0.9)
-    advice = (
-        f"--batch-size {fits} would fit"
-        if fits >= 1
-        else "not even batch size 1 would fit: lower the resolution, or use --dtype float16"
-    )
-    raise OutOfMemoryError(
-        f"batch size {batch_size} needs about {(weight_bytes + activation_bytes) / 1e9:.1f} GB on "
-        f"{target.device}, {free / 1e9:.1f} GB are free; {advice}"
-    )
-
-
-@contextmanager
-def explained(
-    target: Target, weight_bytes: int, activation_bytes: int, batch_size: int
-) -> Iterator[None]:
-    """Turn what a device complains of while it runs into what a user can do about it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        check_memory(target, weight_bytes, activation_bytes, batch_size)
-        raise OutOfMemoryError(
-            f"out of memory on {target.device} at batch size {batch_size} "
-            f"({first_line(error)}); try --batch-size {max(1, batch_size // 2)}"
-        ) from error
-    except RuntimeError as error:  # torch's one exception for all of it: told apart by its words
-        text = first_line(error)
-        if "can't allocate memory" in text or "not enough memory" in text:
-            raise OutOfMemoryError(
-                f"out of memory on {target.device} at batch size {batch_size}; "
-                f"try --batch-size {max(1, batch_size // 2)}"
-            ) from error
-        if "not implemented for" in text or "not supported" in text:
-            raise ValueError(
-                f"{target.device} cannot run this network in {target.dtype} ({text}); "
-                "choose another --dtype"
-            ) from error
-        raise
-
-
-def peak_rss_reset() -> bool:
-    """Forget the process's highest memory use so far; only Linux can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_rss_mb() -> float | None:
-    """The process's highest resident memory since the last reset, in MB of 1e6 bytes."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 / 1e6 if found else None

@@ -19,19 +19,11 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from bkprune import cost
-from bkprune.backends import (
-    Clock,
-    Target,
-    check_memory,
-    explained,
-    peak_rss_mb,
-    peak_rss_reset,
-    prepare,
-)
+from bkprune.backends import Clock, Target, prepare
 from bkprune.blocks import Inventory, Mask
 from bkprune.bypass import variant
 from bkprune.cost import REST, CostTable
-from bkprune.counting import Call, activation_peaks
+from bkprune.counting import Call
 from bkprune.graphs import Pass
 from bkprune.latency import (
     Contestant,
@@ -41,13 +33,21 @@ from bkprune.latency import (
     interleave,
     whole,
 )
+from bkprune.memory import (
+    allocated_mb,
+    check_memory,
+    explained,
+    peak_rss_mb,
+    peak_rss_reset,
+    peaks,
+)
 from bkprune.presets import PRESETS, preset
 from bkprune.profiling import Profile
 from bkprune.series import Array, Rounds, Series
 from bkprune.skeleton import with_random_weights
 from bkprune.study import Unfinished
 
-MARKED, OVERHEAD = "marked pass", "an empty call"
+MARKED, OVERHEAD, EMPTY = "marked pass", "an empty call", "without any block"
 UNET, IMAGE = "unet", "image"
 GUIDANCE_SCALE = 7.5
 
@@ -70,7 +70,7 @@ def measure(
     s = profile.settings
     probing = _probing(s.target)
     with _trouble(profile):
-        baseline = _allocated_mb(s.target)
+        baseline = allocated_mb(s.target)
         unet, clock = network(profile), Clock(s.target.device)
         call = profile.unet_call(s.target.device)
         run = prepare(unet, call, s.target)
@@ -84,18 +84,20 @@ def measure(
             owner = isolated.owner
             contestants |= isolated.contestants(unet, s.target, clock, progress)
             contestants[OVERHEAD] = whole(OVERHEAD, _nothing(s.target), clock)
+            emptied = variant(unet, profile.inventory.plan(profile.inventory.names))
+            contestants[EMPTY] = whole(EMPTY, prepare(emptied, call, s.target), clock)
         rounds = interleave(
             contestants, s.timing, unfinished, "timing the U-Net", progress, probing=probing
         )
         rows = _timed_rows(profile, rounds, owner)
-        peaks = _peaks(unet, call, cost.rows_of(profile.inventory), s.target, baseline)
-        for name, peak in peaks.items():
+        found_mb = peaks(unet, call, cost.rows_of(profile.inventory), s.target, baseline)
+        for name, peak in found_mb.items():
             if name:
                 rows.loc[name, "peak_memory_mb"] = peak
         wholes = [_whole_row(UNET, rounds, run, s.target)]
         passes: dict[str, Pass] = {}
         for name, (skeleton, given) in profile.others("meta").items():
-            baseline = _allocated_mb(s.target)
+            baseline = allocated_mb(s.target)
             other = with_random_weights(
                 skeleton, torch.device(s.target.device), s.target.torch_dtype
             )
@@ -107,8 +109,8 @@ def measure(
                 contest, s.timing, unfinished, f"timing the {name}", progress, probing=probing
             )
             _put_series(rows, name, found[name], 1.0)
-            peaks = _peaks(other, given, (), s.target, baseline)
-            rows.loc[name, "peak_memory_mb"] = peaks.get("", float("nan"))
+            found_mb = peaks(other, given, (), s.target, baseline)
+            rows.loc[name, "peak_memory_mb"] = found_mb.get("", float("nan"))
             wholes.append(_whole_row(name, found, passes[name], s.target))
         if "vae_decoder" in passes and len(passes) > 1:
             ms = {row["part"]: row["median"] for row in wholes}
@@ -155,11 +157,17 @@ def _trouble(profile: Profile) -> AbstractContextManager[None]:
 
 
 def _timed_rows(profile: Profile, rounds: Rounds, owner: Mapping[str, str]) -> pd.DataFrame:
-    """Times enter as shares of the plain pass of the same round; the rest is what is left."""
+    """Times enter as shares of the plain pass of the same round; the rest is what is left.
+
+    Modules timed alone do not add up to the pass they were taken from. There the U-Net without any
+    block is timed too and says what the rest takes; the modules share what is left.
+    """
     unet = rounds[UNET]
     rows = profile.table.rows.set_index("unit")
     modules = cost.rows_of(profile.inventory)
     shares = {name: _share(rounds, owner[name]) for name in [*modules, *profile.shortcuts()]}
+    if EMPTY in rounds.names:
+        shares = _made_to_add_up(profile, rounds, shares, modules)
     for name in modules:
         _put_series(rows, name, Series.of(shares[name]), unet.median)
     # medians do not add up: the rest's interval is moved to where the rows do
@@ -182,6 +190,19 @@ def _share(rounds: Rounds, name: str) -> Array:
         own = np.maximum(own - rounds.of(OVERHEAD), 0.0)
     share: Array = own / rounds.of(UNET)
     return share
+
+
+def _made_to_add_up(
+    profile: Profile, rounds: Rounds, shares: dict[str, Array], modules: Collection[str]
+) -> dict[str, Array]:
+    """The shares of modules timed alone, scaled to what the U-Net takes beyond its empty self."""
+    empty = float(np.median(rounds.of(EMPTY) / rounds.of(UNET)))
+    plan = profile.inventory.plan(profile.inventory.names)
+    left_in = [f"{name}.conv_shortcut" for name, kind in plan.items() if kind == "shortcut"]
+    empty -= sum(float(np.median(shares[name])) for name in left_in)
+    total = sum(float(np.median(shares[name])) for name in modules)
+    scale = (1 - max(empty, 0.0)) / total
+    return {name: share * scale for name, share in shares.items()}
 
 
 def _nothing(target: Target) -> Pass:
@@ -317,57 +338,3 @@ def _whole_row(name: str, rounds: Rounds, run: Pass, target: Target) -> dict[str
         "probe_ms": rounds.probe_ms if np.isfinite(rounds.probe_ms) else None,
         "process_peak_mb": peak,
     }
-
-
-def _allocated_mb(target: Target) -> float:
-    if not target.device.startswith("cuda"):
-        return 0.0
-    return torch.cuda.memory_allocated(target.device) / 1e6
-
-
-def _peaks(
-    module: nn.Module, call: Call, names: Collection[str], target: Target, baseline_mb: float
-) -> dict[str, float]:
-    """Highest memory while each named module ran, `rest` between them, `""` in all, in MB.
-
-    On CUDA the allocator's peak over what was there before the network; elsewhere weights and
-    tensors alive in a real pass, without the scratch memory of kernels. Eager only.
-    """
-    if target.backend != "eager":
-        return {}
-    if not target.device.startswith("cuda"):
-        weights = sum(p.numel() * p.element_size() for p in module.parameters())
-        alive = activation_peaks(module, call, names)
-        return {name: (weights + n_bytes) / 1e6 for name, n_bytes in alive.items()}
-    peaks = dict.fromkeys(("", REST, *names), 0.0)
-    running = [REST]
-
-    def see(*_: Any) -> None:
-        torch.cuda.synchronize()
-        highest = torch.cuda.max_memory_allocated(target.device) / 1e6 - baseline_mb
-        peaks[""] = max(peaks[""], highest)
-        peaks[running[-1]] = max(peaks[running[-1]], highest)
-        torch.cuda.reset_peak_memory_stats(target.device)
-
-    hooks = []
-    for name in names:
-
-        def enter(*_: Any, name: str = name) -> None:
-            see()
-            running.append(name)
-
-        def leave(*_: Any) -> None:
-            see()
-            running.pop()
-
-        inner = module.get_submodule(name)
-        hooks += [inner.register_forward_pre_hook(enter), inner.register_forward_hook(leave)]
-    torch.cuda.reset_peak_memory_stats(target.device)
-    try:
-        with torch.inference_mode():
-            module(*call.args, **call.kwargs)
-        see()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return peaks

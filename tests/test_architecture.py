@@ -28,7 +28,7 @@ FLOORS = [
     },
     {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing"},
     {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"},
-    {"ablation", "latency", "measured", "program"},
+    {"ablation", "latency", "measured", "memory", "program"},
     {"importance", "profiling", "proposals"},
     {"measuring", "terminal", "search"},
     {"profile_view", "search_view"},

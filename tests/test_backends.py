@@ -12,10 +12,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from bkprune import backends, graphs
-from bkprune.backends import OutOfMemoryError, Target, check_memory, explained, prepare
+from bkprune import graphs, memory
+from bkprune.backends import Target, prepare
 from bkprune.counting import Call, unet_call
 from bkprune.graphs import export_onnx, parse_ms
+from bkprune.memory import OutOfMemoryError, check_memory, explained
 from bkprune.operators import operators
 from tests.conftest import SMALL, build
 
@@ -201,7 +202,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: Any) -> None:
 
 
 def test_memory_that_is_not_there(monkeypatch: Any) -> None:
-    monkeypatch.setattr(backends, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
     check_memory(Target(), 4_000, 6_000, 8)
     with pytest.raises(OutOfMemoryError, match=r"batch size 16 needs .* --batch-size 7 would fit"):
         check_memory(Target(), 4_000, 12_000, 16)

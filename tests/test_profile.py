@@ -140,6 +140,7 @@ def test_graphs_of_blocks_and_whole_are_timed_elsewhere(tmp_path: Path) -> None:
     assert table.loc["down_blocks.0.attentions.0", "latency_ms"] > 1
     twins = table.loc[["up_blocks.0.attentions.0", "up_blocks.0.attentions.1"], "latency_ms"]
     assert twins.nunique() == 1  # graphs of one shape are timed once
+    assert table.loc["rest", "latency_ms"] >= 0  # timed: the U-Net without any block
 
 
 @pytest.mark.parametrize(
