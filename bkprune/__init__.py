@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bkprune.blocks import Block, Inventory
     from bkprune.bypass import PrunedUNet, Replay, bypassed
+    from bkprune.models import load
     from bkprune.presets import preset
 
 __version__ = "0.1.0"
-__all__ = ["Block", "Inventory", "PrunedUNet", "Replay", "bypassed", "preset"]
+__all__ = ["Block", "Inventory", "PrunedUNet", "Replay", "bypassed", "load", "preset"]
 
 _HOMES = {
     "Block": "blocks",
@@ -19,6 +20,7 @@ _HOMES = {
     "PrunedUNet": "bypass",
     "Replay": "bypass",
     "bypassed": "bypass",
+    "load": "models",
     "preset": "presets",
 }
 

@@ -160,11 +160,37 @@ class PrunedUNet(UNet2DConditionModel):  # type: ignore[misc]
         _put(self, _bypasses(self, self.config["plan"]))
 
     @classmethod
-    def from_teacher(cls, teacher: UNet2DConditionModel, plan: Mapping[str, str]) -> PrunedUNet:
-        """A network of its own with copies of the teacher's remaining weights.
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **settings: Any) -> Any:
+        """As diffusers does it; `auto_map` is for the loader alone."""
+        known = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(known, **settings)
 
-        Device, dtype, training mode and attention processors are the teacher's. Memory: the
-        student's own weights and nothing else.
+    @classmethod
+    def from_pretrained(cls, *args: Any, **settings: Any) -> Any:
+        """As diffusers does it, but no weight is ever made up.
+
+        Raises:
+            ValueError: a tensor is missing, left over or of the wrong shape; names are listed.
+        """
+        wants_info = settings.pop("output_loading_info", False)
+        settings |= {"output_loading_info": True}
+        model, info = super().from_pretrained(*args, **settings)
+        for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(str(key) for key in info.get(trouble) or ())
+            if names and not wants_info:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ValueError(f"{trouble.replace('_', ' ')}: {', '.join(names[:5])}{more}")
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: UNet2DConditionModel, plan: Mapping[str, str], *, copy: bool = True
+    ) -> PrunedUNet:
+        """A network of its own with the teacher's remaining weights.
+
+        Device, dtype, training mode and attention processors are the teacher's. With `copy` the
+        weights are the student's own, which is what training needs; without it they are the
+        teacher's very tensors and cost no memory.
 
         Raises:
             ValueError: the teacher is pruned already, or the plan does not fit it.
@@ -176,7 +202,9 @@ class PrunedUNet(UNet2DConditionModel):  # type: ignore[misc]
         with torch.device("meta"):
             student = cls(plan=plan, **settings)
         weights = teacher.state_dict()
-        kept = {name: weights[name].detach().clone() for name in student.state_dict()}
+        kept = {name: weights[name].detach() for name in student.state_dict()}
+        if copy:
+            kept = {name: tensor.clone() for name, tensor in kept.items()}
         student.load_state_dict(kept, assign=True)
         processors = teacher.attn_processors
         student.set_attn_processor({name: processors[name] for name in student.attn_processors})

@@ -15,6 +15,7 @@ import bkprune
 from bkprune.blocks import GRAINS
 from bkprune.cli_analyze import analyze
 from bkprune.cli_profile import profile
+from bkprune.cli_prune import diff, prune
 from bkprune.cli_search import search
 from bkprune.terminal import (
     JSON,
@@ -114,6 +115,11 @@ app.command(
     "bkprune search ./sd15 --out study --budget 'latency<=0.6x' --budget 'params<=500M' "
     "--keep 'down_blocks.0*'"
 )(search)
+app.command(
+    epilog="Examples:  bkprune prune emoji --mask demo/winner.json --out small   |   "
+    "bkprune prune ./sd15 --mask bk-sdm-base --dtype float16   |   bkprune prune --check small"
+)(prune)
+app.command(epilog="Example: bkprune diff ./sd14 ./bk-sdm-base")(diff)
 
 
 if __name__ == "__main__":

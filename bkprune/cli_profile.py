@@ -56,8 +56,8 @@ def profile(
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help="A preset, or comma-separated blocks, units or globs: shown, and timed, beside "
-            "the teacher. May be repeated."
+            help="A preset, a mask file such as winner.json, or comma-separated blocks, units or "
+            "globs: shown, and timed, beside the teacher. May be repeated."
         ),
     ] = None,
     operators: Annotated[
@@ -144,6 +144,7 @@ def profile(
     with one_line_errors("the same command resumes where it stopped"):
         from bkprune.backends import BACKENDS, DTYPES, Target
         from bkprune.latency import TimingSettings
+        from bkprune.masks import read_mask
         from bkprune.models import Parts
         from bkprune.profiling import Profile, ProfileSettings
         from bkprune.skeleton import skeleton
@@ -174,7 +175,7 @@ def profile(
         if latency or validate:
             target.check()
         made = Profile(bones, settings)
-        masks = {text: made.inventory.expand(_names(text, made)) for text in mask or ()}
+        masks = {text: read_mask(text, made.inventory) for text in mask or ()}
         folder = out or Path(f"bkprune-{_stem(model)}")
         shown = _profile(made, masks, validate, folder, force=force, quiet=quiet)
         if operators:
@@ -285,14 +286,6 @@ def _existing(
 def _stem(model: str) -> str:
     path = Path(model)
     return path.resolve().parent.name if path.name == "config.json" else path.stem
-
-
-def _names(text: str, made: Profile) -> set[str]:
-    from bkprune.presets import PRESETS, preset
-
-    if text in PRESETS:
-        return set(preset(text, made.inventory))
-    return {name.strip() for name in text.split(",") if name.strip()}
 
 
 def _latents(resolution: str | None, bones: Any) -> tuple[int | None, int | None]:

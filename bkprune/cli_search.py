@@ -324,13 +324,13 @@ class _Job:
 
 def _winner(made: Search, space: Space, table: pd.DataFrame) -> dict[str, Any]:
     import bkprune
+    from bkprune.masks import mask_record
 
     best = json.loads(table.iloc[[0]].to_json(orient="records"))[0]
     removed = best.pop("removed").split()
     cost = space.table.cost_of(removed)
     return {
-        "removed": removed,
-        "plan": dict(space.inventory.plan(removed)),
+        **mask_record(removed, space.inventory),
         "budgets": {
             b.text: {"limit": b.limit, "cost": getattr(cost, b.metric)} for b in made.budgets
         },

@@ -44,6 +44,10 @@ COLUMNS = [
     "shortcut_latency_ms",
 ]
 UNET_PARTS = (BLOCK, SAMPLER, REST)
+CONVENTIONS = {
+    "macs_paper": "conv and linear weights + 4 x LayerNorm elements, no attention matmuls",
+    "macs": "conv, linear and attention matmuls, no norms",
+}
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 REST = "rest"
-CONVENTIONS = {
-    "macs_paper": "conv and linear weights + 4 x LayerNorm elements, no attention matmuls",
-    "macs": "conv, linear and attention matmuls, no norms",
-}
 
 
 @dataclass(frozen=True)

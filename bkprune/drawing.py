@@ -6,15 +6,17 @@ Knows places and shapes of blocks, no table and no meaning of a value.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+Colour = tuple[float, float, float, float]
 
 KIND_COLOURS = {"residual": "#3b6fb6", "attention": "#d9822b", "mixed": "#6b7280"}
 COLOURS: Colormap = colormaps["viridis"]
@@ -72,30 +74,59 @@ def draw_u(
     text_size: float = 9,
 ) -> None:
     """The U with every block coloured by its value; residual blocks are boxes, attention pills."""
+    draw_blocks(axes, blocks, {n: COLOURS(norm(v)) for n, v in values.items()}, text_size)
+
+
+def draw_removed(
+    axes: Axes, blocks: pd.DataFrame, removed: Collection[str], text_size: float = 9
+) -> None:
+    """The U with kept blocks in the colours of their kinds, and removed ones empty and dashed."""
+    faces = {
+        name: None if name in removed else to_rgba(KIND_COLOURS[kind])
+        for name, kind in zip(blocks["name"], blocks["kind"], strict=True)
+    }
+    draw_blocks(axes, blocks, faces, text_size)
+
+
+def mask_figure(blocks: pd.DataFrame, removed: Collection[str]) -> Figure:
+    """One U with what is removed drawn empty."""
+    figure = Figure(figsize=size_of_u(blocks), layout="constrained")
+    draw_removed(figure.subplots(), blocks, removed)
+    return figure
+
+
+def draw_blocks(
+    axes: Axes, blocks: pd.DataFrame, faces: Mapping[str, Colour | None], text_size: float = 9
+) -> None:
+    """The U with every block in its own colour; those of None are drawn as gone."""
     places = _places(blocks)
     _draw_levels(axes, blocks, places, text_size)
     for name, kind in zip(blocks["name"], blocks["kind"], strict=True):
         x, y = places[name]
-        face = COLOURS(norm(values[name]))
+        face = faces[name]
         box = FancyBboxPatch(
             (x - 0.42, y - 0.3),
             0.84,
             0.6,
             boxstyle=f"round,pad=0,rounding_size={0.08 if kind == 'residual' else 0.28}",
-            facecolor=face,
-            edgecolor="#1f2933",
+            facecolor="#f1f3f5" if face is None else face,
+            edgecolor="#aab2bd" if face is None else "#1f2933",
             lw=0.8,
+            ls="--" if face is None else "-",
         )
         axes.add_patch(box)
-        dark = sum(c * w for c, w in zip(face[:3], (0.3, 0.59, 0.11), strict=True)) < 0.5
         text = f"{'R' if kind == 'residual' else 'A'}{name.rsplit('.', 1)[1]}"
-        colour = "white" if dark else "black"
+        colour = "#aab2bd" if face is None else "white" if _is_dark(face) else "black"
         axes.text(x, y, text, ha="center", va="center", size=text_size, color=colour)
     left, right, bottom, top = _bounds(places)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     axes.set_aspect("equal")
     axes.axis("off")
+
+
+def _is_dark(face: Colour) -> bool:
+    return sum(c * w for c, w in zip(face[:3], (0.3, 0.59, 0.11), strict=True)) < 0.5
 
 
 def _bounds(places: Mapping[str, tuple[float, float]]) -> tuple[float, float, float, float]:

@@ -120,6 +120,26 @@ def _option(part: str) -> str:
     return part.replace("_", "-")
 
 
+def folder_of(model: str | Path) -> Path | None:
+    """The folder that a model lies in: built in, local or fetched; None for a single file."""
+    path = Path(model)
+    if path.exists():
+        return path if path.is_dir() else None
+    if str(model) in BUILT_IN:
+        return BUILT_IN[str(model)]
+    return download(str(model)) if HUB_ID.fullmatch(str(model)) else None
+
+
+def stored_dtype(model: str | Path) -> torch.dtype:
+    """The dtype in which the U-Net's weights are stored; float32 where only loading would tell."""
+    folder = folder_of(model)
+    path = Path(model)
+    if folder is not None:
+        inner = folder / "unet" if (folder / "unet").is_dir() else folder
+        path = next(iter(sorted(inner.glob("*.safetensors"))), folder)
+    return single_file.weight_dtype(path) if path.suffix == ".safetensors" else torch.float32
+
+
 def download(hub_id: str) -> Path:
     """The local folder of a model on the hub, fetched unless it is there already."""
     try:
@@ -152,9 +172,16 @@ def _from_pipeline_folder(folder: Path, parts: Parts, dtype: torch.dtype | None)
             f"{folder}: {index.get('_class_name')} has no U-Net (it holds {', '.join(held)}); "
             "bkprune takes U-Nets of the Stable Diffusion family apart, not transformers"
         )
+    pipeline_name = str(index.get("_class_name"))
+    pipeline_class = getattr(diffusers, pipeline_name, None)
+    if pipeline_class is None:
+        raise ValueError(f"{folder}/model_index.json: diffusers has no pipeline {pipeline_name!r}")
     loaded: dict[str, Any] = {}
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_"):
+            continue
+        if not isinstance(entry, list) or entry[0] is None:
+            loaded[name] = None if isinstance(entry, list) else entry  # else a flag
             continue
         if name in ("safety_checker", "feature_extractor", "image_encoder"):
             loaded[name] = None
@@ -169,14 +196,24 @@ def _from_pipeline_folder(folder: Path, parts: Parts, dtype: torch.dtype | None)
         elif name == "tokenizer" and parts.tokenizer is not None:
             loaded[name] = _tokenizer(parts.tokenizer)
         else:
-            _trusted_class(folder, library, class_name)
-    pipeline_name = str(index.get("_class_name"))
-    pipeline_class = getattr(diffusers, pipeline_name, None)
-    if pipeline_class is None:
-        raise ValueError(f"{folder}/model_index.json: diffusers has no pipeline {pipeline_name!r}")
-    if "requires_safety_checker" in index:
+            cls = _trusted_class(folder, library, class_name)
+            loaded[name] = _weightless(cls, folder / name)
+    if "requires_safety_checker" in loaded:
         loaded["requires_safety_checker"] = False
-    return pipeline_class.from_pretrained(folder, local_files_only=True, **loaded)
+    try:
+        return pipeline_class(**loaded)
+    except TypeError as error:
+        raise ValueError(f"{folder}/model_index.json: {first_line(error)}") from error
+
+
+def _weightless(cls: Any, folder: Path) -> Any:
+    """A tokenizer, scheduler or image processor."""
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: cannot be loaded as {cls.__name__} ({first_line(error)})"
+        ) from error
 
 
 def _unet_from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -213,7 +250,7 @@ def _strict(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
         "local_files_only": True,
         "output_loading_info": True,
         "dtype": dtype or torch.float32,
-        "variant": _variant(folder),
+        "variant": stored_variant(folder),
     }
     try:
         module, info = cls.from_pretrained(folder, **settings)
@@ -229,7 +266,7 @@ def _strict(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     return out
 
 
-def _variant(folder: Path) -> str | None:
+def stored_variant(folder: Path) -> str | None:
     """`fp16` for a folder that holds nothing but half-precision weights."""
     names = [path.name for path in folder.glob("*.safetensors")]
     return "fp16" if names and all(".fp16." in name for name in names) else None

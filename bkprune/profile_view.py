@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def print_profile(shown: dict[str, Any], made: Profile, model: str) -> None:
     """Everything a profile has to show, for people: tables on stdout, conventions on stderr."""
-    from bkprune.counting import CONVENTIONS
+    from bkprune.cost import CONVENTIONS
 
     s = made.settings
     target = s.target

@@ -6,7 +6,10 @@ knapsack (arXiv 2404.11098, eq. 7), for any number of budgets. It does not know 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -59,17 +62,33 @@ def least_score(
         row[:n] = np.where(bits, 1.0, -1.0)
         at_most(row, float(bits.sum()) - 1)
     weight = max(float(np.abs(scores).max()), 1e-300)
-    found = milp(
-        np.concatenate([scores / weight, np.zeros(len(dead))]),
-        constraints=LinearConstraint(np.array(rows), -np.inf, np.array(upper)) if rows else (),
-        integrality=np.ones(n_all),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": 20.0},
-    )
+    with _without_stdout():
+        found = milp(
+            np.concatenate([scores / weight, np.zeros(len(dead))]),
+            constraints=LinearConstraint(np.array(rows), -np.inf, np.array(upper)) if rows else (),
+            integrality=np.ones(n_all),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "time_limit": 20.0},
+        )
     if found.x is None:
         return None
     best: Bits = found.x[:n] > 0.5
     return best if space.feasible(best[None], budgets)[0] else None
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """HiGHS now and then prints on the process's stdout, which is for data: that goes nowhere."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _memory_rows(space: Space, budget: Budget, n_all: int, at_most: object) -> None:

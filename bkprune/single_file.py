@@ -214,6 +214,16 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path}: truncated or corrupt ({error}); fetch it again") from error
 
 
+def weight_dtype(path: Path) -> torch.dtype:
+    """The dtype of a safetensors file's first U-Net tensor, or of its first tensor."""
+    read_header(path)
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        name = next((n for n in names if n.startswith(_LDM_UNET)), names[0] if names else None)
+        stored = file.get_slice(name).get_dtype() if name else "F32"
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a ValueError that names the file."""
     try:

@@ -25,19 +25,21 @@ FLOORS = [
         "machine",
         "series",
         "storage",
+        "twin",
     },
-    {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing"},
-    {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"},
+    {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing", "masks"},
+    {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"}
+    | {"card", "export", "comparing", "check"},
     {"ablation", "latency", "measured", "memory", "program"},
     {"importance", "profiling", "proposals"},
     {"measuring", "terminal", "search"},
     {"profile_view", "search_view"},
-    {"cli_analyze", "cli_profile"},
+    {"cli_analyze", "cli_profile", "cli_prune"},
     {"cli_search"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-COMMANDS = {"cli", "cli_analyze", "cli_profile", "cli_search", "terminal"}
+COMMANDS = {"cli", "cli_analyze", "cli_profile", "cli_prune", "cli_search", "terminal"}
 OWNERS = {
     "matplotlib": {"drawing", "plots", "plots_cost", "plots_search"},
     "typer": COMMANDS,
@@ -49,7 +51,7 @@ OWNERS = {
 }
 WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
 WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view", "search_view"}
-WITHOUT_TORCH |= {"space", "program", "proposals", "search", "storage"}
+WITHOUT_TORCH |= {"twin", "masks", "card", "space", "program", "proposals", "search", "storage"}
 TORCH_INSIDE = {"data"}  # needs tensors, but no model
 
 
@@ -126,7 +128,12 @@ def test_light_imports_bring_no_torch(code: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("analyze", "--criterion"), ("profile", "--dtype"), ("search", "--budget")],
+    [
+        ("analyze", "--criterion"),
+        ("profile", "--dtype"),
+        ("search", "--budget"),
+        ("prune", "--form"),
+    ],
 )
 def test_help_brings_no_torch(command: str, option: str) -> None:
     code = (
