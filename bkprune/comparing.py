@@ -8,7 +8,7 @@ not know how students are made or trained.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,13 +174,20 @@ def _similarity(teacher: nn.Module, student: nn.Module, twin: Twin) -> float:
     cosines: dict[str, list[float]] = {}
     for key, tensor in theirs.items():
         source = twin.teacher_key(key)
-        if tensor.ndim >= 2 and ".".join(key.split(".")[:4]) in twin.modules:
+        block = _owner(key, twin.modules)
+        if tensor.ndim >= 2 and block:
             own, other = tensor.flatten().float(), ours[source].flatten().float()
             step = max(1, own.numel() // 4096)
             cosine = torch.cosine_similarity(own[::step], other[::step], dim=0)
-            cosines.setdefault(".".join(key.split(".")[:4]), []).append(float(cosine))
+            cosines.setdefault(block, []).append(float(cosine))
     means = [sum(values) / len(values) for values in cosines.values()]
     return sum(means) / max(len(means), 1)
+
+
+def _owner(key: str, names: Collection[str]) -> str:
+    """Which of the named modules a tensor belongs to; none gives the empty name."""
+    parts = key.split(".")
+    return next((name for n in (4, 3) if (name := ".".join(parts[:n])) in names), "")
 
 
 # --- for people ------------------------------------------------------------------------------
@@ -233,11 +240,11 @@ def compare(teacher: nn.Module, student: nn.Module) -> Difference:
     own_names: dict[str, str] = {}
     for key, tensor in student.state_dict().items():
         source = found.teacher_key(key)
-        block = ".".join(source.split(".")[:4])
+        block = _owner(source, names)
         if block in found.mask:
-            continue
-        sums = names.get(block, names[""])
-        own_names[block] = ".".join(key.split(".")[:4])
+            continue  # padding
+        sums = names[block]
+        own_names[block] = ".".join(key.split(".")[: block.count(".") + 1])
         sums[0] += _square(tensor.float() - weights[source].float())
         sums[1] += _square(weights[source].float())
     rows = [

@@ -103,8 +103,8 @@ def _filled(twin: Twin, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 def counted(chosen: Student, call: Call) -> dict[str, int]:
     """Params and MACs of the form as it is, by counting: padding is not in any cost table."""
     with torch.device("meta"), quiet():
-        bare = type(chosen.unet).from_config(chosen.unet.config)
-    whole = count(bare.to(call.args[0].dtype).eval(), call).whole
+        bare = type(chosen.unet).from_config(chosen.unet.config).to(call.args[0].dtype).eval()
+    whole = count(bare, call).whole
     return {name: getattr(whole, name) for name in ("params", "macs_paper", "macs", "weight_bytes")}
 
 
