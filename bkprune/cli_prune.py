@@ -68,6 +68,14 @@ def prune(
             "the skip.",
         ),
     ] = False,
+    single_file: Annotated[
+        bool,
+        typer.Option(
+            "--single-file",
+            help="Write original.safetensors as well: the original layout, for older tools. Plain "
+            "forms with the same number of layers at every level.",
+        ),
+    ] = False,
     cost: Annotated[
         Path | None,
         typer.Option(help="Cost table for the card's milliseconds. Default: beside the mask."),
@@ -109,6 +117,7 @@ def prune(
             dtype=dtype,
             max_shard_size=max_shard_size,
             keep_shortcuts=keep_shortcuts,
+            single_file=single_file,
             cost=cost,
             force=force,
             quiet=quiet or as_json,
@@ -147,11 +156,12 @@ class _Job:
         dtype: str | None,
         max_shard_size: str,
         keep_shortcuts: bool,
+        single_file: bool,
         cost: Path | None,
         force: bool,
         quiet: bool,
     ) -> dict[str, Any]:
-        from bkprune import export, models
+        from bkprune import export, ldm, models
         from bkprune.backends import DTYPES
         from bkprune.blocks import Inventory
         from bkprune.masks import mask_record, read_mask
@@ -184,11 +194,16 @@ class _Job:
         if _is_same(out, record) and not force:
             notice(f"{out} is up to date")
             return record
+        if single_file:
+            ldm.unet_names(chosen.unet)  # says what stands in the way
         facts = self._facts(pipeline, inventory, chosen, record, cost, settings.variant)
         say = (lambda what: None) if quiet else notice
         with export.new_folder(out, force=force) as folder:
             source = models.folder_of(self.model)
             export.write_folder(folder, pipeline, chosen, source, settings, say)
+            if single_file:
+                say("writing original.safetensors")
+                ldm.write(pipeline, folder / "original.safetensors")
             self._describe(folder, facts, record, inventory)
         if not quiet:
             _print(facts, chosen)

@@ -1,17 +1,18 @@
 """Seeded text-to-image: one generator per image, so that batches never change a picture.
 
-Knows how to run a pipeline for a list of prompts and seeds. It does not know which blocks the U-Net
-has left, nor what the pictures are for.
+Knows how to run a pipeline for a list of prompts and seeds, and how two U-Nets share the steps of
+one run. It does not know which blocks a U-Net has left, nor what the pictures are for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,51 @@ def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
         vae.decode(batch.to(vae.dtype)).sample.float() for batch in latents.split(batch_size)
     ]
     return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+
+
+class _Split(nn.Module):
+    """One U-Net above a timestep and another at and below it; everything else is the second's."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, scheduler: Any, n_first: int) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self._scheduler, self._n_first = scheduler, n_first
+
+    def forward(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        steps = self._scheduler.timesteps.unique(sorted=True).flip(0)
+        is_over = self._n_first < len(steps)
+        last = steps[self._n_first] if is_over else steps[-1] - 1
+        chosen = self.first if bool((torch.as_tensor(timestep) > last).all()) else self.second
+        return chosen(sample, timestep, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Config, dtype, device and the like, which pipelines ask their U-Net for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("second"), name)
+
+
+@contextmanager
+def split_sampling(pipeline: Any, student: nn.Module, n_teacher_steps: int) -> Iterator[Any]:
+    """Let the pipeline's own U-Net take the first steps and a student the rest (Hybrid SD).
+
+    The early steps lay out the picture and gain most from the larger net (arXiv 2408.06646).
+
+    Args:
+        pipeline: the teacher's; inside the `with` its U-Net is both.
+        student: a U-Net with the same inputs.
+        n_teacher_steps: how many of the scheduler's timesteps, from the noisiest on, the teacher
+            takes: 0 is the student alone, all of them the teacher alone.
+
+    Raises:
+        ValueError: a negative number of steps.
+    """
+    if n_teacher_steps < 0:
+        raise ValueError(f"n_teacher_steps is {n_teacher_steps}: it cannot be negative")
+    teacher = pipeline.unet
+    pipeline.unet = _Split(teacher, student, pipeline.scheduler, n_teacher_steps)
+    try:
+        yield pipeline
+    finally:
+        pipeline.unet = teacher

@@ -29,7 +29,7 @@ FLOORS = [
     },
     {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing", "masks"},
     {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"}
-    | {"card", "export", "comparing", "check"},
+    | {"card", "export", "comparing", "check", "ldm", "lora"},
     {"ablation", "latency", "measured", "memory", "program"},
     {"importance", "profiling", "proposals"},
     {"measuring", "terminal", "search"},
@@ -48,6 +48,7 @@ OWNERS = {
     "optuna": {"search", "storage"},
     "onnxruntime": {"graphs", "backends"},
     "openvino": {"graphs"},
+    "peft": {"lora"},
 }
 WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
 WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view", "search_view"}
