@@ -27,12 +27,13 @@ from bkprune.blocks import Mask
 from bkprune.calibration import calibrate
 from bkprune.cost import CostTable, read
 from bkprune.data import read_pairs
+from bkprune.judging import judge
 from bkprune.measured import OutputError
 from bkprune.models import BUILT_IN, load
 from bkprune.profiling import Profile, ProfileSettings
 from bkprune.proposals import neighbours
 from bkprune.sampling import SamplingSettings
-from bkprune.search import BASELINES, Search, SearchSettings, judge
+from bkprune.search import BASELINES, Search, SearchSettings
 from bkprune.skeleton import skeleton
 from bkprune.space import Bits, Budget, Space
 

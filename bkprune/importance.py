@@ -26,9 +26,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from bkprune.ablation import (
     Array,
@@ -41,6 +40,7 @@ from bkprune.ablation import (
 from bkprune.blocks import Grain, Inventory, Mask, Plan
 from bkprune.calibration import Calibration, calibrate, pick
 from bkprune.data import Pairs
+from bkprune.measured import latent_shift
 from bkprune.metrics import ClipScore
 from bkprune.sampling import SamplingSettings, decode
 from bkprune.study import Unfinished
@@ -273,7 +273,7 @@ def _sampling_tables(
         pipeline, chosen, plans, settings.sampling, unfinished, progress
     )
     if "latent" in settings.criteria:
-        measured = [_latent_shift(teacher, z) for z in ablated]
+        measured = [latent_shift(teacher, z) for z in ablated]
         yield _totals("latent", units, measured, len(chosen), settings)
     if "clip" in settings.criteria:
         assert clip_score is not None
@@ -284,23 +284,6 @@ def _sampling_tables(
         ]
         measured = [(d.mean().item(), d.std().item() / len(d) ** 0.5) for d in drops]
         yield _totals("clip", units, measured, len(chosen), settings)
-
-
-def _latent_shift(teacher: Tensor, ablated: Tensor) -> tuple[float, float]:
-    """LD-Pruner's score over a set of final latents, with its jackknife standard error."""
-
-    def score(rows: Tensor) -> float:
-        a, b = teacher[rows].double(), ablated[rows].double()
-        mean = (a.mean(0) - b.mean(0)).norm()
-        std = (a.std(0) - b.std(0)).norm()
-        return float(mean + std)
-
-    n = len(teacher)
-    if n < 3:
-        return score(torch.arange(n)), float("nan")
-    left_out = np.array([score(torch.arange(n)[torch.arange(n) != i]) for i in range(n)])
-    spread = ((left_out - left_out.mean()) ** 2).sum()
-    return score(torch.arange(n)), float(np.sqrt((n - 1) / n * spread))
 
 
 # --- for comparison: magnitude, taylor -------------------------------------------------------

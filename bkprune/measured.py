@@ -1,19 +1,25 @@
-"""What a mask really loses: it is ablated on calibration samples.
+"""What a mask really loses: it is ablated on calibration samples, or whole pictures are drawn.
 
-Knows how one recorded teacher pass a batch serves any number of masks. It does not know how masks
-are chosen, nor tables and files.
+Knows how one recorded teacher pass a batch serves any number of masks, and how final latents and
+pictures are compared with the teacher's of the same seeds. It does not know how masks are chosen,
+nor tables and files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bkprune.blocks import Inventory, Mask
-from bkprune.bypass import Replay
+from bkprune.bypass import Replay, bypassed
 from bkprune.calibration import Calibration
+from bkprune.metrics import ClipScore
+from bkprune.sampling import SamplingSettings, decode, sample_latents
 
 Array = NDArray[np.float64]
 
@@ -59,3 +65,61 @@ class OutputError:
             self._recorded[index] = replay
             self._left -= replay.recorded_bytes
         return replay
+
+
+class PictureLoss:
+    """What whole sampling runs say of a mask: `latent` (LD-Pruner) and `clip`, each with its error.
+
+    Args:
+        pipeline: the teacher's.
+        prompts: one picture each.
+        settings: how they are drawn.
+        clip_score: the judge for `clip`, or None to leave it out.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        settings: SamplingSettings,
+        clip_score: ClipScore | None,
+    ) -> None:
+        self._pipeline, self._prompts, self._settings = pipeline, list(prompts), settings
+        self._clip_score = clip_score
+        self._inventory = Inventory.of(pipeline.unet)
+        self._teacher = sample_latents(pipeline, self._prompts, settings)
+        self._before = self._score(self._teacher)
+
+    def __call__(self, mask: Mask) -> dict[str, tuple[float, float]]:
+        """Shift of final latents, and drop of the CLIP score in points of 100 x cosine."""
+        with bypassed(self._pipeline.unet, self._inventory.plan(mask)):
+            latents = sample_latents(self._pipeline, self._prompts, self._settings)
+        found = {"latent": latent_shift(self._teacher, latents)}
+        after = self._score(latents)
+        if self._before is not None and after is not None:
+            drop = self._before - after
+            found["clip"] = (drop.mean().item(), drop.std().item() / len(drop) ** 0.5)
+        return found
+
+    def _score(self, latents: Tensor) -> Tensor | None:
+        if self._clip_score is None:
+            return None
+        pictures = decode(self._pipeline.vae, latents, self._settings.batch_size)
+        return self._clip_score(pictures, self._prompts)
+
+
+def latent_shift(teacher: Tensor, ablated: Tensor) -> tuple[float, float]:
+    """LD-Pruner's score over a set of final latents, with its jackknife standard error."""
+
+    def score(rows: Tensor) -> float:
+        a, b = teacher[rows].double(), ablated[rows].double()
+        mean = (a.mean(0) - b.mean(0)).norm()
+        std = (a.std(0) - b.std(0)).norm()
+        return float(mean + std)
+
+    n = len(teacher)
+    if n < 3:
+        return score(torch.arange(n)), float("nan")
+    left_out = np.array([score(torch.arange(n)[torch.arange(n) != i]) for i in range(n)])
+    spread = ((left_out - left_out.mean()) ** 2).sum()
+    return score(torch.arange(n)), float(np.sqrt((n - 1) / n * spread))

@@ -7,6 +7,7 @@ does not know Optuna.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from bkprune.program import least_score
 from bkprune.space import Array, Bits, Budget, Space
 
 N_STARTS, N_RANDOM, N_CUTS = 6, 64, 100
+_SPARE = 4  # times as many choices are reached as are ranked
 _LENGTHS, _NOISE = (2.0, 5.0, 12.0), (1e-4, 1e-3, 1e-2)
 
 
@@ -62,6 +64,29 @@ def neighbours(bits: Bits) -> Bits:
     swaps[rows, np.repeat(gone, len(kept))] = False
     swaps[rows, np.tile(kept, len(gone))] = True
     return np.concatenate([flips, swaps])
+
+
+def ranked(space: Space, scores: Array, budgets: Sequence[Budget], n: int) -> tuple[Bits, Array]:
+    """Up to `n` feasible choices of least summed score, from the exact optimum outwards.
+
+    Best first over flips and swaps: the first is proven optimal, the others are the best that were
+    reached. Returns the choices `[n, units]` and their scores, in order.
+    """
+    start = least_score(space, scores, budgets)
+    if start is None:
+        return np.zeros((0, len(space)), dtype=bool), np.zeros(0)
+    heap = [(float(start @ scores), start.tobytes())]
+    seen = {start.tobytes(): float(start @ scores)}
+    while heap and len(seen) < _SPARE * n:
+        _, key = heapq.heappop(heap)
+        near = neighbours(np.frombuffer(key, dtype=bool))
+        near = near[space.feasible(near, budgets)]
+        for bits, score in zip(near, near @ scores, strict=True):
+            if (found := bits.tobytes()) not in seen:
+                seen[found] = float(score)
+                heapq.heappush(heap, (float(score), found))
+    best = sorted(seen, key=lambda key: (seen[key], key))[:n]
+    return np.array([np.frombuffer(k, dtype=bool) for k in best]), np.array([seen[k] for k in best])
 
 
 class Surrogate:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,27 +22,29 @@ from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from bkprune.blocks import Grain, Mask
+from bkprune.blocks import Grain
+from bkprune.judging import Progress, Quality, on_front
 from bkprune.presets import PRESETS, preset
 from bkprune.program import least_score
-from bkprune.proposals import greedy, propose, random_feasible
-from bkprune.space import Array, Bits, Budget, Space
+from bkprune.proposals import greedy, propose, random_feasible, ranked
+from bkprune.space import Array, Bits, Budget, InfeasibleError, Space
 from bkprune.storage import is_dead, worker
-
-Quality = Callable[[Mask], tuple[float, float]]  # what a mask loses, and its standard error
-Progress = Callable[[int, int, str], None]
 
 UNITS, WORKER, SOURCE, STDERR = "units", "worker", "source", "stderr"
 BASELINES = "|".join(["knapsack", "greedy", *PRESETS, r"random \d+"])
-N_RANDOM_BASELINES, TPE_EVERY, N_STARTUP = 5, 8, 12
+N_RANDOM_BASELINES, TPE_EVERY, N_STARTUP, N_LEVELS = 5, 8, 12, 8
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What is searched; everything here but the limits enters the record's stamp."""
+    """What is searched; everything here but the limits enters the record's stamp.
+
+    `front` names a metric: two objectives, loss and that cost, under the budgets.
+    """
 
     grain: Grain = "block"
     objective: str = "measured"
+    front: str | None = None
     budgets: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
@@ -86,11 +88,15 @@ class Search:
         self._parameters: dict[str, BaseDistribution] = {
             unit: CategoricalDistribution([False, True]) for unit in space.names
         }
+        self.levels = [self.budgets]
+        if settings.front is not None:
+            self.levels = _levels(space, settings.front, self.budgets)
         self.study = optuna.create_study(
             storage=storage,
             study_name=name,
             sampler=TPESampler(seed=settings.seed),
             load_if_exists=True,
+            directions=["minimize"] * (2 if settings.front else 1),
         )
         self._same_study()
 
@@ -129,7 +135,9 @@ class Search:
         while True:
             done = self.measured()
             best = self.best()
-            text = f"best {best.value:.4g}" if best is not None and best.value else "searching"
+            text = f"best {loss(best):.4g}" if best is not None else "searching"
+            if self.settings.front:
+                text = "searching along the front"
             progress(min(len(done), self.settings.n_trials), self.settings.n_trials, text)
             if len(done) >= self.settings.n_trials:
                 return
@@ -151,7 +159,7 @@ class Search:
     def best(self) -> FrozenTrial | None:
         """The feasible trial with the least loss, the earliest of equals."""
         trials = [t for t in self.measured() if is_feasible(t)]
-        return min(trials, key=lambda t: (t.value, t.number), default=None)
+        return min(trials, key=lambda t: (loss(t), t.number), default=None)
 
     def _taken(self) -> set[bytes]:
         """Choices that are measured, being measured, or have failed for good."""
@@ -181,7 +189,7 @@ class Search:
             if bits.tobytes() not in taken and self.space.feasible(bits[None], self.budgets)[0]:
                 return self._ask(bits, "tpe")
         seen = np.array([self._bits(t.params) for t in done])
-        losses = np.array([t.value for t in done], dtype=float)
+        losses = np.array([loss(t) for t in done], dtype=float)
         known = {row.tobytes() for row in seen}
         also = [np.frombuffer(key, dtype=bool) for key in sorted(taken - known)]
         if (
@@ -189,8 +197,12 @@ class Search:
         ):  # failed, or being measured elsewhere: taken for middling, so that none comes again
             seen = np.concatenate([seen, np.array(also)])
             losses = np.concatenate([losses, np.full(len(also), float(np.median(losses)))])
-        proposal = propose(self.space, self.scores, self.budgets, seen, losses, random)
-        return None if proposal is None else self._ask(*proposal)
+        for i in range(len(self.levels)):  # the next level in turn that has something left
+            budgets = self.levels[(n + i) % len(self.levels)]
+            proposal = propose(self.space, self.scores, budgets, seen, losses, random)
+            if proposal is not None:
+                return self._ask(*proposal)
+        return None
 
     def _ask(self, bits: Bits, source: str) -> Trial:
         """A trial from the queue, into which this choice goes: perhaps another worker's.
@@ -213,23 +225,25 @@ class Search:
 
     def seeds(self) -> list[tuple[Bits, str]]:
         """What people do today, first of all: exact knapsack, greedy, presets, random feasible."""
-        found: list[tuple[Bits | None, str]] = [
-            (least_score(self.space, self.scores, self.budgets), "knapsack"),
-            (greedy(self.space, self.scores, self.budgets), "greedy"),
-        ]
+        found: list[tuple[Bits | None, str]] = []
+        for budgets in self.levels:
+            found.append((least_score(self.space, self.scores, budgets), "knapsack"))
+            found.append((greedy(self.space, self.scores, budgets), "greedy"))
         for name in PRESETS:
             try:
                 found.append((self.space.bits(preset(name, self.space.inventory)), name))
             except ValueError:
                 continue
         random = np.random.default_rng(self.settings.seed)
-        drawn = random_feasible(self.space, self.budgets, random, N_RANDOM_BASELINES)
+        drawn = random_feasible(self.space, self.levels[-1], random, N_RANDOM_BASELINES)
         found += [(bits, f"random {i}") for i, bits in enumerate(drawn)]
         distinct: dict[bytes, tuple[Bits, str]] = {}
         for bits, source in found:
             if bits is not None and self.space.feasible(bits[None], self.budgets)[0]:
                 same = distinct.get(bits.tobytes())
-                distinct[bits.tobytes()] = (bits, f"{same[1]} + {source}" if same else source)
+                both = same is not None and source not in same[1].split(" + ")
+                name = f"{same[1]} + {source}" if same and both else same[1] if same else source
+                distinct[bits.tobytes()] = (bits, name)
         return list(distinct.values())
 
     def _measure(self, trial: Trial, quality: Quality) -> None:
@@ -251,7 +265,10 @@ class Search:
             self.study.tell(trial, state=TrialState.FAIL)
             return
         trial.set_user_attr(STDERR, stderr)
-        self.study.tell(trial, value)
+        values = [value]
+        if self.settings.front:
+            values.append(float(getattr(self.space.cost(chosen), self.settings.front)))
+        self.study.tell(trial, values)
 
     def _reclaim(self) -> None:
         """Trials of workers that are dead: failed, and queued again."""
@@ -276,7 +293,7 @@ class Search:
                     "removed": " ".join(sorted(mask, key=self.space.inventory.names.index)),
                     "n_removed": len(mask),
                     "additive": float(bits @ self.scores),
-                    "measured": trial.value,
+                    "measured": loss(trial),
                     "stderr": trial.user_attrs.get(STDERR),
                     **asdict(cost),
                     "feasible": is_feasible(trial),
@@ -288,70 +305,76 @@ class Search:
         table = table.sort_values(
             ["feasible", "measured"], ascending=[False, True], kind="stable", ignore_index=True
         )
-        metric = self.budgets[0].metric if self.budgets else "macs"
-        table["on_front"] = on_front(table["measured"].to_numpy(), table[metric].to_numpy())
+        costs = table[self.metric].to_numpy()
+        table["on_front"] = on_front(table["measured"].to_numpy(), costs)
         return table
 
+    @property
+    def metric(self) -> str:
+        """The cost that quality is shown against."""
+        return self.settings.front or (self.budgets[0].metric if self.budgets else "macs")
+
     def additive(self) -> pd.DataFrame:
-        """The exact additive optimum and the baselines, without measuring anything.
+        """Masks ranked by summed importance, the exact optimum first, without measuring anything.
+
+        As many as there are trials, and the baselines.
 
         Raises:
-            ValueError: no mask keeps every budget at once.
+            InfeasibleError: no mask keeps every budget at once.
         """
+        sources = {bits.tobytes(): source for bits, source in self.seeds()}
+        many, scores = ranked(self.space, self.scores, self.budgets, self.settings.n_trials)
+        own = [np.frombuffer(key, dtype=bool) for key in sources]
+        known = {bits.tobytes() for bits in many}
         rows = []
-        for bits, source in self.seeds():
-            mask, cost = self.space.mask(bits), self.space.cost(bits)
+        for bits, score in [
+            *zip(many, scores, strict=True),
+            *((b, float(b @ self.scores)) for b in own if b.tobytes() not in known),
+        ]:
+            mask = self.space.mask(bits)
             rows.append(
                 {
                     "removed": " ".join(sorted(mask, key=self.space.inventory.names.index)),
                     "n_removed": len(mask),
-                    "additive": float(bits @ self.scores),
-                    **asdict(cost),
+                    "additive": score,
+                    **asdict(self.space.cost(bits)),
                     "feasible": True,
-                    "source": source,
+                    "source": sources.get(bits.tobytes(), "ranked"),
                 }
             )
         if not rows:
-            raise ValueError("no mask keeps every budget at once: loosen one of them")
+            raise InfeasibleError("no mask keeps every budget at once: loosen one of them")
         table = pd.DataFrame(rows).drop_duplicates("removed")
         return table.sort_values("additive", kind="stable", ignore_index=True)
 
     def finalists(self, n: int) -> pd.DataFrame:
-        """The best feasible candidates, and every baseline that keeps the budgets."""
+        """The best feasible candidates, or `2 n` along the front, and every baseline that fits."""
         table = self.candidates()
-        table = table[table["feasible"]]
-        own = table["source"].str.contains(BASELINES, regex=True)
-        return table[own | (np.arange(len(table)) < n)].reset_index(drop=True)
-
-
-def judge(
-    finalists: pd.DataFrame, chosen_on: Quality, held_out: Quality, progress: Progress
-) -> pd.DataFrame:
-    """Measure the finalists on samples that the search has not seen, and put the winner first.
-
-    The winner is chosen on one set of samples and reported on another: the columns `chosen` and
-    `held_out` with their standard errors.
-    """
-    rows = []
-    for i, removed in enumerate(finalists["removed"]):
-        progress(i, len(finalists), "judging finalists")
-        mask = frozenset(str(removed).split())
-        (chosen, error), (held, held_error) = chosen_on(mask), held_out(mask)
-        rows.append((chosen, error, held, held_error))
-    progress(len(finalists), len(finalists), "judging finalists")
-    names = ["chosen", "chosen_stderr", "held_out", "held_out_stderr"]
-    table = finalists.join(pd.DataFrame(rows, columns=names, index=finalists.index))
-    return table.sort_values("chosen", kind="stable", ignore_index=True)
-
-
-def on_front(losses: Array, costs: Array) -> list[bool]:
-    """Which points no other point beats in both, `[n]`."""
-    return [
-        not bool(((losses <= a) & (costs <= b) & ((losses < a) | (costs < b))).any())
-        for a, b in zip(losses, costs, strict=True)
-    ]
+        table = table[table["feasible"]].reset_index(drop=True)
+        chosen = table["source"].str.contains(BASELINES, regex=True).to_numpy(copy=True)
+        best = np.arange(n)
+        if self.settings.front:
+            along = table[table["on_front"]].sort_values(self.metric).index.to_numpy()
+            best = along[np.unique(np.linspace(0, len(along) - 1, 2 * n).round().astype(int))]
+        chosen[best[best < len(table)]] = True
+        return table[chosen].reset_index(drop=True)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
     """Whether a trial keeps every budget."""
     return bool(trial.user_attrs.get("feasible", False))
+
+
+def loss(trial: FrozenTrial) -> float:
+    """What a completed trial's mask loses."""
+    return float(trial.values[0])
+
+
+def _levels(space: Space, metric: str, budgets: Sequence[Budget]) -> list[list[Budget]]:
+    """The budgets, each time with one more limit on the metric, from the least to the loosest."""
+    if getattr(space.teacher, metric) is None:
+        raise ValueError("--front latency: the cost table has no latency; run `bkprune profile`")
+    whole = float(getattr(space.teacher, metric))
+    loosest = min([0.95 * whole, *(b.limit for b in budgets if b.metric == metric)])
+    limits = np.linspace(min(1.05 * space.cheapest(metric), loosest), loosest, N_LEVELS)
+    return [[*budgets, Budget(f"{metric}<={v / whole:.3f}x", metric, float(v))] for v in limits]

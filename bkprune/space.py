@@ -22,7 +22,7 @@ Bits = NDArray[np.bool_]
 Array = NDArray[np.float64]
 
 # name in a budget -> column, units (powers of ten of the column's own unit)
-_METRICS: dict[str, tuple[str, dict[str, float]]] = {
+METRICS: dict[str, tuple[str, dict[str, float]]] = {
     "latency": ("latency_ms", {"": 1, "ms": 1, "s": 1e3, "us": 1e-3}),
     "params": ("params", {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}),
     "macs": ("macs", {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}),
@@ -31,6 +31,12 @@ _METRICS: dict[str, tuple[str, dict[str, float]]] = {
     "weights": ("weight_bytes", {"": 1, "mb": 1e6, "gb": 1e9}),
 }
 _BUDGET = re.compile(r"\s*([a-z_]+?)(?:_ms|_mb)?\s*<=\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z%]*)\s*", re.I)
+
+
+class InfeasibleError(ValueError):
+    """No mask keeps the budgets."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,16 @@ class Budget:
             ValueError: not of that form, an unknown metric or unit, or the table has no latency.
         """
         found = _BUDGET.fullmatch(text)
-        names = ", ".join(_METRICS)
+        names = ", ".join(METRICS)
         if found is None:
             raise ValueError(
                 f"--budget {text!r}: expected METRIC<=VALUE such as latency<=0.6x, params<=500M, "
                 f"macs<=60% or memory<=3GB (metrics: {names})"
             )
         name, number, unit = found[1].lower(), found[2], found[3].lower()
-        if name not in _METRICS:
+        if name not in METRICS:
             raise ValueError(f"--budget {text!r}: unknown metric {name!r}; choose one of {names}")
-        metric, units = _METRICS[name]
+        metric, units = METRICS[name]
         whole = getattr(teacher, metric)
         if whole is None:
             raise ValueError(
@@ -203,7 +209,7 @@ class Space:
         """The table of budgets: teacher, limit, least that can be reached.
 
         Raises:
-            ValueError: a budget cannot be kept whatever is removed.
+            InfeasibleError: a budget cannot be kept whatever is removed.
         """
         rows = []
         for budget in budgets:
@@ -220,7 +226,7 @@ class Space:
                 }
             )
             if least > budget.limit:
-                raise ValueError(
+                raise InfeasibleError(
                     f"--budget {budget.text}: cannot be kept; the least that can be reached is "
                     f"{least:,.6g} ({least / whole:.3f}x of the teacher's {whole:,.6g})"
                 )

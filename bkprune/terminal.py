@@ -1,7 +1,7 @@
 """What all commands share at the terminal: options, one-line errors, progress bars, tables.
 
-Knows rich and typer, what goes to stderr, and the exit codes (0 done, 2 usage or input, 130
-interrupted). It does not know what any command does.
+Knows rich and typer, what goes to stderr, and the exit codes (0 done, 2 usage or input,
+3 no mask keeps the budgets, 130 interrupted). It does not know what any command does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def show_tracebacks(value: bool) -> None:
 
 @contextmanager
 def one_line_errors(on_interrupt: str) -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 2; Ctrl-C into 130."""
+    """Turn what a user can mend into one line and an exit code (2); Ctrl-C into 130."""
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
@@ -37,7 +37,7 @@ def one_line_errors(on_interrupt: str) -> Iterator[None]:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         typer.echo(f"bkprune: {text}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
     except KeyboardInterrupt:
         typer.echo(f"bkprune: interrupted; {on_interrupt}", err=True)
         raise typer.Exit(130) from None

@@ -30,11 +30,12 @@ FLOORS = [
     {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing", "masks"},
     {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"}
     | {"card", "export", "comparing", "check", "ldm", "lora"},
-    {"ablation", "latency", "measured", "memory", "program"},
+    {"ablation", "latency", "measured", "memory", "program", "judging"},
     {"importance", "profiling", "proposals"},
     {"measuring", "terminal", "search"},
     {"profile_view", "search_view"},
     {"cli_analyze", "cli_profile", "cli_prune"},
+    {"search_job"},
     {"cli_search"},
     {"cli"},
 ]
@@ -52,7 +53,18 @@ OWNERS = {
 }
 WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
 WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view", "search_view"}
-WITHOUT_TORCH |= {"twin", "masks", "card", "space", "program", "proposals", "search", "storage"}
+WITHOUT_TORCH |= {
+    "judging",
+    "search_job",
+    "twin",
+    "masks",
+    "card",
+    "space",
+    "program",
+    "proposals",
+    "search",
+    "storage",
+}
 TORCH_INSIDE = {"data"}  # needs tensors, but no model
 
 

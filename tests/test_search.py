@@ -16,13 +16,14 @@ import pandas as pd
 import pytest
 
 from bkprune.blocks import Inventory, Mask
-from bkprune.cli_search import _for_a_helper
 from bkprune.cost import CostTable
+from bkprune.judging import Quality, on_front
 from bkprune.presets import preset
 from bkprune.profiling import Profile, ProfileSettings
 from bkprune.program import least_score
-from bkprune.proposals import Surrogate, greedy, neighbours, random_feasible
-from bkprune.search import Quality, Search, SearchSettings, on_front
+from bkprune.proposals import Surrogate, greedy, neighbours, random_feasible, ranked
+from bkprune.search import Search, SearchSettings
+from bkprune.search_job import for_a_helper
 from bkprune.skeleton import Skeleton
 from bkprune.space import Bits, Budget, Space
 from bkprune.storage import is_dead, open_storage, worker
@@ -224,6 +225,41 @@ def test_moves_and_random_masks(twelve: Space) -> None:
     assert on_front(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 2.0])) == [True, True, False]
 
 
+def test_masks_are_ranked_by_score_from_the_optimum_outwards(twelve: Space) -> None:
+    budgets = _budgets(twelve, "macs<=0.93x")
+    scores = np.random.default_rng(3).gamma(0.5, size=12)
+    many = _every(twelve)
+    fits = many[twelve.feasible(many, budgets)]
+    expected = np.sort(fits @ scores)
+    found, values = ranked(twelve, scores, budgets, len(fits))
+    assert len(found) == len({b.tobytes() for b in found}) == len(fits)
+    assert np.allclose(values, expected)
+    assert len(ranked(twelve, scores, budgets, 20)[0]) == 20
+    none = ranked(twelve, scores, _budgets(twelve, "macs<=0.8x", "params<=0.01x"), 5)
+    assert len(none[0]) == 0
+
+
+def test_a_front_is_searched_along_its_whole_length(twelve: Space) -> None:
+    scores, quality = _synthetic(twelve, 5)
+    settings = SearchSettings(n_trials=160, front="macs")
+    search = Search(twelve, scores, [], settings, optuna.storages.InMemoryStorage())
+    search.run(quality)
+    found = search.candidates()
+    many = _every(twelve)[1:]
+    losses = np.array([quality(twelve.mask(bits))[0] for bits in many])
+    costs = twelve.costs(many, "macs")
+    macs = found["macs"].to_numpy(dtype=float)
+    measured = found["measured"].to_numpy(dtype=float)
+    for limit in search.levels:
+        bound = limit[0].limit
+        best = losses[costs <= bound].min()
+        assert best <= measured[macs <= bound * (1 + 1e-9)].min() <= 1.25 * best
+    assert len(search.study.directions) == 2
+    assert len(search.study.best_trials) == int(found["on_front"].sum())
+    with pytest.raises(ValueError, match="made with other settings"):
+        Search(twelve, scores, [], SearchSettings(front="params"), search.study._storage)
+
+
 def test_same_seed_same_winner_and_nan_is_no_end(twelve: Space) -> None:
     budgets = _budgets(twelve, "macs<=0.92x")
     scores, quality = _synthetic(twelve, 2)
@@ -337,7 +373,7 @@ def _search(folder: Path, *more: Any) -> Any:
 
 
 def test_a_search_from_the_command_line(study: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("bkprune.cli_search.N_JUDGED", 16)
+    monkeypatch.setattr("bkprune.search_job.N_JUDGED", 16)
     args = ["--budget", "macs<=0.7x", "--trials", "14"]
     result = _search(study, *args)
     assert result.exit_code == 0, result.output
@@ -365,6 +401,16 @@ def test_a_search_from_the_command_line(study: Path, monkeypatch: Any) -> None:
         study, "--budget", "macs<=0.8x", "--objective", "additive", "--force", "--json"
     )
     assert "knapsack" in json.loads(additive.stdout)["figures"]["source"]
+    assert pd.read_csv(study / "candidates.csv")["additive"].is_monotonic_increasing
+    pictures = ["--front", "macs", "--trials", "10", "--finalists-by", "latent,clip", "--force"]
+    monkeypatch.setattr("bkprune.search_job.N_PROMPTS", 3)
+    monkeypatch.setattr("bkprune.search_job.STEPS", 2)
+    result = _search(study, *pictures, "--json")
+    assert result.exit_code == 0, result.output
+    front = pd.DataFrame(json.loads(result.stdout)["front"])
+    assert front["macs"].is_monotonic_increasing
+    assert (front["latent"] > 0).all()
+    assert front["clip_stderr"].notna().all()
     assert preset("bk-sdm-base", inventory)
 
 
@@ -373,11 +419,14 @@ def test_a_search_from_the_command_line(study: Path, monkeypatch: Any) -> None:
     [
         (["--budget", "macs<0.5"], ["--budget 'macs<0.5'", "METRIC<=VALUE"]),
         (["--budget", "latency<=0.5x"], ["no latency", "bkprune profile"]),
-        (["--budget", "macs<=0.001x"], ["cannot be kept", "least that can be reached"]),
         (["--budget", "macs<=0.8x", "--keep", "mid_blok"], ["--keep", "mid_block"]),
         (["--budget", "macs<=0.8x", "--grain", "pair"], ["no `output` score", "bkprune analyze"]),
         (["--budget", "macs<=0.8x", "--objective", "luck"], ["--objective 'luck'"]),
         (["--budget", "macs<=0.8x", "--trials", "0"], ["at least one trial"]),
+        ([], ["--budget", "--front"]),
+        (["--front", "speed"], ["--front 'speed'", "latency"]),
+        (["--front", "latency"], ["no latency", "bkprune profile"]),
+        (["--front", "macs", "--finalists-by", "taste"], ["--finalists-by 'taste'", "clip"]),
         (["--budget", "macs<=0.8x", "--cost", "none.csv"], ["none.csv", "no such cost table"]),
     ],
 )
@@ -385,9 +434,17 @@ def test_bad_input_is_one_line(args: list[str], words: list[str], study: Path) -
     refused(_search(study, *args), *words)
 
 
+def test_no_mask_for_the_budgets_is_exit_code_3(study: Path) -> None:
+    result = _search(study, "--budget", "macs<=0.001x")
+    assert result.exit_code == 3, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in ("--budget macs<=0.001x", "cannot be kept", "least that can be reached"):
+        assert word in result.stderr
+
+
 def test_helpers_get_the_same_command() -> None:
     words = ["search", "emoji", "--workers", "3", "--budget", "macs<=0.8x", "--force"]
-    assert _for_a_helper(words) == [
+    assert for_a_helper(words) == [
         "search",
         "emoji",
         "--budget",
@@ -395,7 +452,7 @@ def test_helpers_get_the_same_command() -> None:
         "--join",
         "--quiet",
     ]
-    assert _for_a_helper(["search", "--workers=2"]) == ["search", "--join", "--quiet"]
+    assert for_a_helper(["search", "--workers=2"]) == ["search", "--join", "--quiet"]
 
 
 def test_two_workers_on_one_journal(study: Path, tmp_path: Path) -> None:
