@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bkprune.cost import CONVENTIONS
 
@@ -21,6 +22,12 @@ _MEASURES = {
     "macs": ("MACs of one step, `macs`", "{:,.0f}"),
     "latency_ms": ("Milliseconds of one step, predicted", "{:,.1f}"),
 }
+
+
+UNTRAINED = (
+    "Pruned only: the quality is that of before any retraining. Distil it against its teacher "
+    "before you judge it (`bkprune distill`)."
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,6 @@ class CardFacts:
     padded: Sequence[str] = ()
     licence: Mapping[str, str] = field(default_factory=dict)
     inputs: str = ""
-    distilled: str | None = None
 
 
 def licence_of(folder: Path | None) -> dict[str, str]:
@@ -65,9 +71,7 @@ def model_card(facts: CardFacts) -> str:
         "",
         f"# {facts.teacher}, {len(facts.removed)} of {facts.n_blocks} U-Net blocks removed",
         "",
-        facts.distilled
-        or "Pruned only: the quality is that of before any retraining. Distil it against its "
-        "teacher before you judge it (`bkprune distill`).",
+        UNTRAINED,
         "",
         f"![The U-Net; removed blocks are empty]({facts.drawing})",
         "",
@@ -88,6 +92,19 @@ def model_card(facts: CardFacts) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def distilled_card(card: str, told: Mapping[str, Any]) -> str:
+    """A pruned model's card after retraining."""
+    s = told["settings"]
+    batch = s["batch_size"] * s["accumulate"]
+    said = (
+        f"Distilled against its teacher for {s['steps']:,} steps of {batch} samples a process, "
+        f"from {told['pairs']:,} pairs (AdamW, rate {s['lr']:g}, loss weights: task "
+        f"{s['losses']['task']:g}, output {s['losses']['output']:g}, feature "
+        f"{s['losses']['feature']:g}). `mask.json` has every setting."
+    )
+    return card.replace(UNTRAINED, said)
 
 
 def _costs(facts: CardFacts) -> list[str]:

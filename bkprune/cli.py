@@ -14,6 +14,7 @@ import typer
 import bkprune
 from bkprune.blocks import GRAINS
 from bkprune.cli_analyze import analyze
+from bkprune.cli_distill import cache, distill
 from bkprune.cli_profile import profile
 from bkprune.cli_prune import diff, prune
 from bkprune.cli_search import search
@@ -119,6 +120,11 @@ app.command(
     epilog="Examples:  bkprune prune emoji --mask demo/winner.json --out small   |   "
     "bkprune prune ./sd15 --mask bk-sdm-base --dtype float16   |   bkprune prune --check small"
 )(prune)
+app.command(
+    epilog="Examples:  bkprune distill small --teacher emoji --steps 400   |   "
+    "bkprune distill ./sd15-base --teacher ./sd15 --data 'shards/{000..099}.tar' --dry-run"
+)(distill)
+app.command(epilog="Example: bkprune cache ./sd15 --data ./pairs --out latents")(cache)
 app.command(epilog="Example: bkprune diff ./sd14 ./bk-sdm-base")(diff)
 
 

@@ -58,17 +58,22 @@ class Pairs:
             ) from None
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{self.source}/{name}: not a readable image ({error})") from error
-        scale = size / min(image.size)
-        if scale != 1:
-            width, height = (max(size, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        array = np.asarray(image.crop((left, top, left + size, top + size)))
-        return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+        return fit(image, size)
 
     def images(self, size: int) -> Tensor:
         """All images `[N, 3, size, size]` in [-1, 1]."""
         return torch.stack([self.image(i, size) for i in range(len(self))])
+
+
+def fit(image: Image.Image, size: int) -> Tensor:
+    """An RGB image as `[3, size, size]` in [-1, 1]: shorter side resized (bicubic), centre crop."""
+    scale = size / min(image.size)
+    if scale != 1:
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    array = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class _Store:

@@ -8,6 +8,7 @@ does not know how a mask was chosen.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -26,7 +27,9 @@ from diffusers import UNet2DConditionModel
 from bkprune import bypass
 from bkprune.blocks import Inventory, Plan
 from bkprune.bypass import PrunedUNet
+from bkprune.card import distilled_card
 from bkprune.counting import Call, count
+from bkprune.models import folder_of
 from bkprune.single_file import quiet, read_json
 from bkprune.twin import NoTwinError, Twin, find_twin
 
@@ -263,3 +266,43 @@ def _forget_paths(path: Path) -> None:
 def _edit(path: Path, changes: Mapping[str, Any]) -> None:
     value = {**read_json(path), **changes}
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def with_new_weights(
+    folder: Path, student: str, pipeline: Any, dtype: torch.dtype, told: Mapping[str, Any]
+) -> None:
+    """A student's folder again, its U-Net's weights replaced by those of the pipeline.
+
+    Args:
+        folder: empty.
+        student: where the student lies.
+        pipeline: as loaded from there, its U-Net trained since.
+        dtype: in which the student was stored.
+        told: what was done, for mask.json and the card.
+    """
+    source = folder_of(student)
+    settings = FolderSettings(dtype)
+    unet = copy.deepcopy(pipeline.unet).to(device="cpu", dtype=dtype)
+    form: Form = "pruned" if isinstance(unet, PrunedUNet) else "plain"
+    if source is None:
+        pipeline.unet = unet
+        write_folder(folder, pipeline, Student(unet, form), None, settings)
+        return
+    weights = ("diffusion_pytorch_model*", "bkprune_unet_*.py")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    unet_folder = folder / "unet" if (folder / "model_index.json").exists() else folder
+    for pattern in (*weights, "original.safetensors"):
+        for path in (*unet_folder.glob(pattern), *folder.glob(pattern)):
+            path.unlink()
+    with quiet():
+        unet.save_pretrained(unet_folder, safe_serialization=True, variant=settings.variant)
+    if form == "pruned":
+        name = carry_module(unet_folder)
+        if unet_folder != folder:
+            _edit(folder / "model_index.json", {"unet": [name, PrunedUNet.__name__]})
+    _forget_paths(unet_folder / "config.json")
+    if is_ours(folder):
+        _edit(folder / MASK, {"distilled": json.loads(json.dumps(told, default=str))})
+    card = folder / CARD
+    if card.exists():
+        card.write_text(distilled_card(card.read_text(encoding="utf-8"), told), encoding="utf-8")

@@ -1,11 +1,13 @@
 """Quality metrics of pictures, each with a value per picture so that errors can be told.
 
-Knows the CLIP score and where its network comes from: the small one beside the built-in model, or a
-local folder. It downloads nothing and does not know where pictures come from.
+Knows the CLIP score and where its network comes from (the small one beside the built-in model, or a
+local folder), and the Frechet distance between sets of features. It downloads nothing and does not
+know where pictures come from.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,3 +84,24 @@ class ClipScore:
         """The score of each picture with its own caption, `[N]`, 0 to 100."""
         cosine = (self.image_features(pictures) * self.text_features(captions)).sum(-1)
         return 100 * cosine.clamp(min=0)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """||mu_a - mu_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features `[N, D]`, in float64.
+
+    Heusel et al. 2017 (arXiv 1706.08500), eq. 6; unbiased covariances. Few samples bias it upwards:
+    below twice as many samples as dimensions it warns.
+    """
+    a, b = a.double(), b.double()
+    n, d = min(len(a), len(b)), a.shape[1]
+    if n < 2 * d:
+        warnings.warn(
+            f"a Frechet distance of {n} samples in {d} dimensions is biased upwards", stacklevel=2
+        )
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    # tr (C_a C_b)^(1/2) from the eigenvalues of the similar, symmetric C_a^(1/2) C_b C_a^(1/2)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float(shift + cov_a.trace() + cov_b.trace() - 2 * cross)

@@ -14,35 +14,35 @@ PACKAGE = ROOT / "bkprune"
 
 # Imports go down only; rooms of one floor never import one another.
 FLOORS = [
-    {"blocks"},
-    {
-        "bypass",
-        "study",
-        "presets",
-        "single_file",
-        "counting",
-        "cost",
-        "machine",
-        "series",
-        "storage",
-        "twin",
-    },
-    {"data", "models", "sampling", "metrics", "graphs", "operators", "drawing", "masks"},
-    {"calibration", "backends", "skeleton", "plots", "plots_cost", "plots_search", "space"}
-    | {"card", "export", "comparing", "check", "ldm", "lora"},
-    {"ablation", "latency", "measured", "memory", "program", "judging"},
-    {"importance", "profiling", "proposals"},
-    {"measuring", "terminal", "search"},
-    {"profile_view", "search_view"},
-    {"cli_analyze", "cli_profile", "cli_prune"},
-    {"search_job"},
-    {"cli_search"},
-    {"cli"},
+    set(floor.split())
+    for floor in (
+        "blocks",
+        "bypass study presets single_file counting cost machine series storage twin losses",
+        "data models sampling metrics graphs operators drawing masks grids checkpoints",
+        "calibration backends skeleton space card comparing check ldm lora sources plots plots_cost"
+        " plots_search plots_distill",
+        "ablation latency measured memory program judging caching recipe export",
+        "importance profiling proposals distill",
+        "measuring terminal search",
+        "profile_view search_view",
+        "cli_analyze cli_profile cli_prune",
+        "search_job distill_job",
+        "cli_search cli_distill",
+        "cli",
+    )
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-COMMANDS = {"cli", "cli_analyze", "cli_profile", "cli_prune", "cli_search", "terminal"}
+COMMANDS = {
+    "cli",
+    "cli_analyze",
+    "cli_profile",
+    "cli_prune",
+    "cli_distill",
+    "cli_search",
+    "terminal",
+}
 OWNERS = {
-    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search"},
+    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search", "plots_distill"},
     "typer": COMMANDS,
     "rich": {"terminal"},
     "fvcore": {"operators"},
@@ -50,6 +50,9 @@ OWNERS = {
     "onnxruntime": {"graphs", "backends"},
     "openvino": {"graphs"},
     "peft": {"lora"},
+    "accelerate": {"distill", "distill_job"},
+    "webdataset": {"sources"},
+    "datasets": {"sources"},
 }
 WITHOUT_TORCH = {"blocks", "presets", "study", "data", "cost", "series", "machine", *COMMANDS}
 WITHOUT_TORCH |= {"drawing", "plots", "plots_cost", "plots_search", "profile_view", "search_view"}
@@ -146,6 +149,7 @@ def test_light_imports_bring_no_torch(code: str) -> None:
         ("profile", "--dtype"),
         ("search", "--budget"),
         ("prune", "--form"),
+        ("distill", "--teacher"),
     ],
 )
 def test_help_brings_no_torch(command: str, option: str) -> None:

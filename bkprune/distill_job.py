@@ -1,0 +1,337 @@
+"""One distillation from its checkpoints in to its checkpoint out.
+
+Knows how student and teacher are matched, where the cache comes from, what is drawn on the way and
+what the finished folder holds. Options are `cli_distill.py`'s, steps are `distill.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bkprune.terminal import notice, progress_bar
+
+if TYPE_CHECKING:
+    from bkprune.caching import Cache
+    from bkprune.comparing import Identified
+    from bkprune.distill import Distillation
+    from bkprune.losses import Tap
+    from bkprune.models import Parts
+    from bkprune.recipe import DistillSettings
+
+DISTILLED, CACHE, N_PREVIEW, PREVIEW_STEPS = "distilled", "cache", 8, 25
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is made of, beside how it is trained."""
+
+    student: str
+    teacher: str
+    data: str
+    out: Path
+    parts: Parts
+    split: str | None = None
+    device: str | None = None
+    tensorboard: bool = False
+    preview_guidance: float = 7.5
+
+
+class Job:
+    """Student, teacher and data, loaded and matched."""
+
+    def __init__(self, asked: Asked, settings: DistillSettings, *, quiet: bool) -> None:
+        import torch
+        from accelerate import Accelerator
+
+        from bkprune import models
+        from bkprune.blocks import Inventory
+        from bkprune.comparing import identify
+
+        self.asked, self.settings, self.quiet = asked, settings, quiet
+        self.acc = Accelerator(
+            cpu=asked.device == "cpu",
+            mixed_precision=settings.precision,
+            log_with="tensorboard" if asked.tensorboard else None,
+            project_dir=str(asked.out),
+        )
+        on_gpu = self.acc.device.type == "cuda"
+        self.teacher = models.load(
+            asked.teacher, asked.parts, dtype=torch.float16 if on_gpu else torch.float32
+        )
+        self.student = models.load(asked.student, asked.parts, dtype=torch.float32)
+        self.stored = models.stored_dtype(asked.student)
+        self.found: Identified = identify(self.teacher.unet, self.student.unet)
+        self.inventory = Inventory.of(self.teacher.unet)
+        self.fingerprints = {
+            "teacher": models.fingerprint(self.teacher.unet),
+            "student": models.fingerprint(self.student.unet),
+        }
+
+    @property
+    def taps(self) -> list[Tap]:
+        """What is compared inside."""
+        from bkprune.losses import taps
+
+        if self.settings.losses.feature == 0:
+            return []
+        modules = self.found.twin.modules if self.found.twin else None
+        return taps(self.inventory, self.found.plan, modules)
+
+    def cache(self) -> Cache:
+        """The cache that was given, or one made from the data in the run folder."""
+        from bkprune.caching import INDEX, Cache
+
+        given = Path(self.asked.data)
+        if (given / INDEX).exists():
+            cache = Cache(given)
+            cache.check(self.teacher)
+            return cache
+        folder = self.asked.out / CACHE
+        if self.acc.is_main_process:
+            fill_cache(
+                self.teacher, self.asked.data, self.asked.split, folder, {}, quiet=self.quiet
+            )
+        self.acc.wait_for_everyone()
+        return Cache(folder)
+
+    def distillation(self, cache: Cache) -> Distillation:
+        """Everything that a step needs."""
+        from diffusers import DDPMScheduler
+
+        from bkprune.distill import Distillation
+
+        losses = self.settings.losses
+        return Distillation(
+            self.student.unet,
+            self.teacher.unet if losses.needs_teacher else None,
+            self.taps,
+            cache,
+            DDPMScheduler.from_config(self.teacher.scheduler.config),
+            self.settings,
+            self.acc,
+        )
+
+    def stamp(self, cache: Cache) -> str:
+        """Names the run: other settings, networks or data are another run."""
+        from bkprune.study import digest
+
+        index = {k: v for k, v in cache.index.items() if k not in ("bad", "examples")}
+        return digest([self.settings.stamped, self.fingerprints, index])
+
+    # --- what a user asks for --------------------------------------------------------------------
+
+    def dry_run(self) -> dict[str, Any]:
+        """What a run would take, by two steps that are thrown away."""
+        cache = self.cache()
+        made = self.distillation(cache)
+        seconds = made.rehearse(2)
+        n = sum(p.numel() for p in self.student.unet.parameters())
+        s = self.settings
+        return {
+            "effective_batch": made.effective_batch,
+            "pairs": len(cache),
+            "steps_per_epoch": -(-len(cache) // made.effective_batch),
+            "epochs": round(s.steps * made.effective_batch / len(cache), 2),
+            "student_params": n,
+            "taps": len(self.taps),
+            "seconds_per_step": round(seconds, 4),
+            "hours": round(seconds * s.steps / 3600, 3),
+            "weights_and_optimiser_gb": round(_state_bytes(n, s) / 1e9, 3),
+            "peak_gb": round(_peak_bytes(self.acc.device) / 1e9, 3),
+            "device": str(self.acc.device),
+        }
+
+    def run(self) -> bool:
+        """Train, draw, and write the folder; False if it was asked to stop before the end."""
+        cache = self.cache()
+        made = self.distillation(cache)
+        out = self.asked.out
+        with _stops_on_signals() as wants_stop, progress_bar(self._is_silent) as progress:
+            is_done = made.run(
+                out,
+                self.stamp(cache),
+                _one_line(progress),
+                self._previews(cache) if self.settings.preview_every else lambda step: None,
+                wants_stop,
+            )
+        if not is_done:
+            raise KeyboardInterrupt
+        if self.acc.is_main_process:
+            made.use_average()
+            self._finish(cache)
+        self.acc.wait_for_everyone()
+        return True
+
+    @property
+    def _is_silent(self) -> bool:
+        return self.quiet or not self.acc.is_main_process
+
+    # --- pictures on the way ---------------------------------------------------------------------
+
+    def _previews(self, cache: Cache) -> Any:
+        from bkprune.caching import Cache as _Cache
+        from bkprune.checkpoints import PREVIEWS
+        from bkprune.grids import grid_png
+        from bkprune.study import write_atomic
+
+        assert isinstance(cache, _Cache)
+        prompts = list(cache.index.get("examples", []))[:N_PREVIEW]
+        lacks = getattr(self.student, "vae", None) is None
+        if lacks or getattr(self.student, "text_encoder", None) is None or not prompts:
+            notice("no previews: the student brings no VAE or text encoder")
+            return lambda step: None
+        rows: dict[str, Any] = {}
+
+        def preview(step: int) -> None:
+            if not self.acc.is_main_process:
+                return
+            if "teacher" not in rows:
+                rows["teacher"] = self._draw(self.teacher, prompts)
+                if step == 0:
+                    rows["pruned"] = self._draw(self.student, prompts)
+            label = {} if step == 0 else {f"step {step}": self._draw(self.student, prompts)}
+            png = grid_png({**rows, **label}, prompts)
+            write_atomic(self.asked.out / PREVIEWS / f"step-{step:08d}.png", png)
+
+        return preview
+
+    def _draw(self, pipeline: Any, prompts: list[str]) -> Any:
+        from bkprune.sampling import SamplingSettings, decode, sample_latents
+
+        was_training = pipeline.unet.training
+        pipeline.unet.eval()
+        for part in ("vae", "text_encoder"):
+            getattr(pipeline, part).to(self.acc.device)
+        settings = SamplingSettings(
+            PREVIEW_STEPS, self.asked.preview_guidance, self.settings.seed, len(prompts)
+        )
+        latents = sample_latents(pipeline, prompts, settings)
+        pictures = decode(pipeline.vae, latents).cpu()
+        pipeline.unet.train(was_training)
+        return pictures
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _finish(self, cache: Cache) -> None:
+        import pandas as pd
+
+        from bkprune import export
+        from bkprune.checkpoints import RUN, read_log
+        from bkprune.drawing import png
+        from bkprune.plots_distill import curves
+        from bkprune.study import write_atomic
+
+        out = self.asked.out
+        log = pd.DataFrame(read_log(out))
+        told = {
+            "teacher": Path(self.asked.teacher).name,
+            "student": Path(self.asked.student).name,
+            **{f"{k}_weights": v for k, v in self.fingerprints.items()},
+            "pairs": len(cache),
+            "settings": self.settings.stamped,
+            "taps": [vars(tap) for tap in self.taps],
+            "last": {k: v for k, v in log.iloc[-1].items() if pd.notna(v)},
+            "skipped_steps": int(log["skipped"].eq(True).sum()) if "skipped" in log else 0,
+        }
+        with export.new_folder(out / DISTILLED, force=True) as folder:
+            export.with_new_weights(
+                Path(folder), self.asked.student, self.student, self.stored, told
+            )
+        write_atomic(out / "figures" / "train.png", png(curves(log)))
+        write_atomic(out / RUN, (json.dumps(told, indent=1, default=str) + "\n").encode())
+
+
+def fill_cache(
+    pipeline: Any,
+    data: str,
+    split: str | None,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    quiet: bool,
+) -> Any:
+    """Encode a source into a cache folder, with a progress bar."""
+    from bkprune.caching import CacheSettings, fill
+    from bkprune.sources import Source
+
+    size = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    settings = CacheSettings(**{"size": size, **options})
+    source = Source(data, split)
+    with progress_bar(quiet) as progress:
+        done = fill(
+            folder,
+            pipeline,
+            source.examples(settings.size),
+            source.key,
+            settings,
+            progress,
+            source.n,
+        )
+    if done.n_bad and not quiet:
+        notice(f"{done.n_bad} pairs could not be read, the last: {done.bad[-1]}")
+    return done
+
+
+@contextmanager
+def _stops_on_signals() -> Iterator[Any]:
+    """Ctrl-C and SIGTERM ask for a stop after the step that runs; a second one does not wait."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        notice("stopping after this step; the checkpoint is being saved")
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _one_line(progress: Any) -> Any:
+    """The bar's text changes with every step: one bar, its newest text."""
+    started, last = time.monotonic(), [0.0]
+
+    def report(done: int, total: int, what: str) -> None:
+        progress(done, total, "distilling")
+        if time.monotonic() - last[0] > 30:
+            last[0] = time.monotonic()
+            elapsed = time.monotonic() - started
+            notice(f"step {done} of {total}, {elapsed:.0f} s: {what}")
+
+    return report
+
+
+def _state_bytes(n_params: int, s: DistillSettings) -> int:
+    """Weights, gradients and optimiser of the student, float32, and its average."""
+    per_weight = 4 + 4 + (2 if s.optimiser == "adamw8bit" else 8) + (4 if s.ema else 0)
+    return n_params * per_weight
+
+
+def _peak_bytes(device: Any) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def remove_run(folder: Path) -> None:
+    """Forget a run's checkpoints, log and pictures."""
+    from bkprune.checkpoints import CHECKPOINTS, LOG, PREVIEWS
+
+    for name in (CHECKPOINTS, PREVIEWS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / LOG).unlink(missing_ok=True)
