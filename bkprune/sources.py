@@ -135,30 +135,33 @@ def _webdataset(text: str, size: int) -> Iterator[Example | str]:
         raise ValueError(
             f"{text}: webdataset shards need the package webdataset: pip install 'bkprune[train]'"
         ) from None
+    urls = webdataset.shardlists.expand_urls(text)
+
+    def stream() -> Iterator[Example | str]:
+        for url in urls:
+            yield from _one_shard(url, size)
+
+    return stream()
+
+
+def _one_shard(url: str, size: int) -> Iterator[Example | str]:
+    from webdataset import tariterators
+    from webdataset.gopen import gopen
+
     complaints: list[str] = []
 
     def keep(error: Exception) -> bool:
-        if not isinstance(error, tarfile.TarError | OSError | EOFError | ValueError):
-            return False
-        complaints.append(f"{text}: {type(error).__name__}: {error}")
-        return True
+        complaints.append(f"{url}: {type(error).__name__}: {error}")
+        return isinstance(error, tarfile.TarError | OSError | EOFError | ValueError)
 
-    shards = webdataset.WebDataset(
-        text, shardshuffle=False, empty_check=False, handler=keep, nodesplitter=None
-    )
-
-    def stream() -> Iterator[Example | str]:
-        try:
-            for sample in shards:
-                while complaints:
-                    yield complaints.pop(0)
+    try:
+        with gopen(url, "rb") as opened:
+            files = tariterators.tar_file_expander([{"url": url, "stream": opened}], handler=keep)
+            for sample in tariterators.group_by_keys(files, handler=keep):
                 yield _of_shard(sample, size)
-        except (urllib.error.URLError, FileNotFoundError) as error:
-            raise ValueError(f"{text}: cannot be read ({error})") from error
-        while complaints:
-            yield complaints.pop(0)
-
-    return stream()
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(f"{url}: cannot be read ({error})") from error
+    yield from complaints
 
 
 def _of_shard(sample: dict[str, Any], size: int) -> Example | str:

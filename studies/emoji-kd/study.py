@@ -50,7 +50,7 @@ def settings(seed: int, steps: int, losses: LossSettings) -> DistillSettings:
     return DistillSettings(
         steps=steps,
         batch_size=32,
-        lr=3e-4,
+        lr=1e-3,
         schedule="cosine",
         warmup=10,
         seed=seed,
@@ -201,7 +201,7 @@ def table(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
