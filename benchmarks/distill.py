@@ -3,8 +3,8 @@
     python benchmarks/distill.py --rounds 30
 
 The plain step does what the published script does: VAE and text encoder in every step, the teacher
-in the precision of training, outputs kept by hooks, contiguous layout. Ours reads the cache and runs
-the teacher in inference mode and both networks in channels-last layout. Both train the
+in the precision of training, outputs kept by hooks, contiguous layout. Ours reads the cache, runs
+the teacher in inference mode, and both networks in channels-last layout. Both train the
 same student (bk-sdm-base) with the same three losses; steps alternate, so that both see the same
 machine. Peak memory is taken in a process of its own for each.
 """

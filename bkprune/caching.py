@@ -203,28 +203,34 @@ class Batch:
 
 
 class Cache:
-    """A filled cache, read sample by sample in any order.
+    """A filled cache, or a folder of several, read sample by sample in any order.
+
+    Several caches side by side are one: parts of the data can be encoded on several machines.
 
     Raises:
-        ValueError: not a cache, not complete, or a shard is missing or damaged.
+        ValueError: not a cache, not complete, made by different networks, or a shard is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / INDEX).exists():
-            raise ValueError(f"{folder}: no cache; make one with `bkprune cache`")
         self.folder = folder
-        self.index = read_json(folder / INDEX)
-        if self.index.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder}: cache format {self.index.get('format')}, this version reads {FORMAT}"
-            )
-        if not self.index["complete"]:
-            raise ValueError(
-                f"{folder}: not complete ({self.index['n']} pairs so far); give the same "
-                "`bkprune cache` command again"
-            )
+        parts = [folder] if (folder / INDEX).exists() else sorted(folder.glob(f"*/{INDEX}"))
+        parts = [part.parent if part.name == INDEX else part for part in parts]
+        if not parts:
+            raise ValueError(f"{folder}: no cache; make one with `bkprune cache`")
+        indices = [_read_index(part) for part in parts]
+        self.index = dict(indices[0])
+        self._shards: list[tuple[Path, int]] = []
+        for part, index in zip(parts, indices, strict=True):
+            for key in ("vae", "text_encoder", "text_encoder_2", "size"):
+                if index.get(key) != self.index.get(key):
+                    raise ValueError(
+                        f"{part}: made with another {key} than {parts[0]} "
+                        f"({index.get(key)} and {self.index.get(key)})"
+                    )
+            self._shards += [(part / name, n) for name, n in index["shards"]]
+        self.index["sources"] = [index.get("source") for index in indices]
         self._starts: list[int] = [0]
-        for _, n in self.index["shards"]:
+        for _, n in self._shards:
             self._starts.append(self._starts[-1] + n)
         self._open: dict[int, dict[str, Tensor]] = {}
 
@@ -287,8 +293,7 @@ class Cache:
         return self._open[shard], index - self._starts[shard]
 
     def _read(self, shard: int) -> dict[str, Tensor]:
-        name, n = self.index["shards"][shard]
-        path = self.folder / name
+        path, n = self._shards[shard]
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -299,6 +304,20 @@ class Cache:
         if len(tensors.get("caption", ())) != n:
             raise ValueError(f"{path}: ends early; make the cache again")
         return tensors
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
+    if index.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}: cache format {index.get('format')}, this version reads {FORMAT}"
+        )
+    if not index["complete"]:
+        raise ValueError(
+            f"{folder}: not complete ({index['n']} pairs so far); give the same `bkprune cache` "
+            "command again"
+        )
+    return index
 
 
 _N_OPEN = 64  # shards held in memory

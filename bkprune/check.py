@@ -132,6 +132,7 @@ def _elsewhere(folder: Path, inputs: dict[str, Any], is_trusted: bool) -> Any:
         words += [str(place / "out.npy"), models.stored_variant(unet) or ""]
         words.append("trust" if is_trusted else "")
         environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # bits depend on it
         environment.pop("PYTHONPATH", None)
         done = subprocess.run(
             words, cwd=place, env=environment, capture_output=True, text=True, check=False

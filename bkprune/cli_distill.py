@@ -99,6 +99,9 @@ def distill(
         int, typer.Option(help="Steps between preview grids (teacher, pruned, now); 0 for none.")
     ] = 200,
     preview_guidance: Annotated[float, typer.Option(help="Guidance of the previews.")] = 7.5,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to TensorBoard too, in OUT/distill.")
+    ] = False,
     split: Annotated[
         str | None, typer.Option(help="Rows of the caption file whose column split says so.")
     ] = None,
@@ -152,6 +155,7 @@ def distill(
             Parts(tokenizer, text_encoder, vae, prediction_type),
             rows,
             device,
+            tensorboard=tensorboard,
             preview_guidance=preview_guidance,
         )
         job = Job(asked, settings, quiet=quiet or as_json)

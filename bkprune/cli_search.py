@@ -77,6 +77,13 @@ def search(
     samples: Annotated[
         int, typer.Option(help="Calibration samples of the search.", rich_help_panel=_HOW)
     ] = 96,
+    judged: Annotated[
+        int,
+        typer.Option(
+            help="Further samples to choose the winner on, and as many again to report it on.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 256,
     data: Annotated[str | None, typer.Option(help="As in `analyze`.", rich_help_panel=_HOW)] = None,
     finalists_by: Annotated[
         str | None,
@@ -149,7 +156,7 @@ def search(
         if workers < 1:
             raise ValueError("--workers must be at least 1")
         pictures = tuple(name.strip() for name in (finalists_by or "").split(",") if name.strip())
-        inputs = Inputs(cost, data, samples, batch_size, storage, pictures, clip)
+        inputs = Inputs(cost, data, samples, judged, batch_size, storage, pictures, clip)
         folder = out or Path(f"bkprune-{Path(model).stem}")
         parts = Parts(tokenizer, text_encoder, vae, prediction_type)
         job = Job(model, parts, folder, settings, inputs)

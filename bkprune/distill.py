@@ -143,6 +143,7 @@ class Distillation:
                     elapsed = time.perf_counter() - started
                     row["images_per_s"] = round(self.effective_batch / elapsed, 3)
                     log.add(row)
+                    self.acc.log(row, step=self.step)  # to trackers, if there are any
                 self.schedule.step()
                 progress(self.step, s.steps, _shown(terms, is_good))
                 is_last, stops = self.step == s.steps, wants_stop()

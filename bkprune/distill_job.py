@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from bkprune.recipe import DistillSettings
 
 DISTILLED, CACHE, N_PREVIEW, PREVIEW_STEPS = "distilled", "cache", 8, 25
+_LINE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Job:
         from bkprune.comparing import identify
 
         self.asked, self.settings, self.quiet = asked, settings, quiet
+        if asked.tensorboard:
+            _need_tensorboard()
         self.acc = Accelerator(
             cpu=asked.device == "cpu",
             mixed_precision=settings.precision,
@@ -91,7 +93,7 @@ class Job:
         from bkprune.caching import INDEX, Cache
 
         given = Path(self.asked.data)
-        if (given / INDEX).exists():
+        if (given / INDEX).exists() or any(given.glob(f"*/{INDEX}")):
             cache = Cache(given)
             cache.check(self.teacher)
             return cache
@@ -152,17 +154,26 @@ class Job:
 
     def run(self) -> bool:
         """Train, draw, and write the folder; False if it was asked to stop before the end."""
-        cache = self.cache()
+        cache, out = self.cache(), self.asked.out
+        if self._is_finished(cache):
+            notice(f"{out / DISTILLED} is up to date")
+            return True
         made = self.distillation(cache)
-        out = self.asked.out
-        with _stops_on_signals() as wants_stop, progress_bar(self._is_silent) as progress:
+        if self.asked.tensorboard:
+            self.acc.init_trackers("distill")
+        with (
+            _memory_explained(self.settings),
+            _stops_on_signals() as wants_stop,
+            progress_bar(self._is_silent) as progress,
+        ):
             is_done = made.run(
                 out,
                 self.stamp(cache),
-                _one_line(progress),
+                _told(progress, made.effective_batch, self.acc.device, quiet=self._is_silent),
                 self._previews(cache) if self.settings.preview_every else lambda step: None,
                 wants_stop,
             )
+        self.acc.end_training()
         if not is_done:
             raise KeyboardInterrupt
         if self.acc.is_main_process:
@@ -170,6 +181,14 @@ class Job:
             self._finish(cache)
         self.acc.wait_for_everyone()
         return True
+
+    def _is_finished(self, cache: Cache) -> bool:
+        from bkprune.checkpoints import RUN
+
+        if not (self.asked.out / DISTILLED).exists() or not (self.asked.out / RUN).exists():
+            return False
+        told = json.loads((self.asked.out / RUN).read_text(encoding="utf-8"))
+        return bool(told.get("stamp") == self.stamp(cache))
 
     @property
     def _is_silent(self) -> bool:
@@ -236,6 +255,7 @@ class Job:
             "teacher": Path(self.asked.teacher).name,
             "student": Path(self.asked.student).name,
             **{f"{k}_weights": v for k, v in self.fingerprints.items()},
+            "stamp": self.stamp(cache),
             "pairs": len(cache),
             "settings": self.settings.stamped,
             "taps": [vars(tap) for tap in self.taps],
@@ -300,18 +320,49 @@ def _stops_on_signals() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _one_line(progress: Any) -> Any:
-    """The bar's text changes with every step: one bar, its newest text."""
-    started, last = time.monotonic(), [0.0]
+def _told(progress: Any, batch: int, device: Any, *, quiet: bool) -> Any:
+    """The bar with its ETA, and every half minute a line with the losses, the speed, the memory."""
+    started, last, first = time.monotonic(), [time.monotonic()], [0]
 
     def report(done: int, total: int, what: str) -> None:
         progress(done, total, "distilling")
-        if time.monotonic() - last[0] > 30:
-            last[0] = time.monotonic()
-            elapsed = time.monotonic() - started
-            notice(f"step {done} of {total}, {elapsed:.0f} s: {what}")
+        first[0] = first[0] or done
+        now = time.monotonic()
+        if not quiet and (now - last[0] > _LINE_EVERY_S or done == total):
+            last[0] = now
+            speed = (done - first[0] + 1) * batch / max(now - started, 1e-9)
+            memory = _peak_bytes(device) / 1e9
+            notice(f"step {done} of {total}: {what}; {speed:.1f} images/s, peak {memory:.2f} GB")
 
     return report
+
+
+@contextmanager
+def _memory_explained(s: DistillSettings) -> Iterator[None]:
+    """Running out of memory as one line that says what to lower."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "allocate memory" not in text and "not enough memory" not in text:
+            raise
+        half = max(s.batch_size // 2, 1)
+        raise ValueError(
+            f"out of memory at batch size {s.batch_size}: try --batch-size {half} --accumulate "
+            f"{s.accumulate * (2 if s.batch_size > 1 else 1)}, or --gradient-checkpointing"
+        ) from error
+
+
+def _need_tensorboard() -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard: pip install 'bkprune[train]'"
+        ) from None
 
 
 def _state_bytes(n_params: int, s: DistillSettings) -> int:
@@ -326,12 +377,3 @@ def _peak_bytes(device: Any) -> int:
 
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def remove_run(folder: Path) -> None:
-    """Forget a run's checkpoints, log and pictures."""
-    from bkprune.checkpoints import CHECKPOINTS, LOG, PREVIEWS
-
-    for name in (CHECKPOINTS, PREVIEWS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / LOG).unlink(missing_ok=True)

@@ -82,6 +82,7 @@ def front(
         label="winner",
         zorder=5,
     )
+    axes.axvline(1.0, color=_GREY, lw=1, label="teacher (no error)")
     if limit is not None:
         axes.axvline(limit / teacher_cost, color=_RED, lw=1, ls="--", label="budget")
     axes.set_yscale("log")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bkprune.space import Space
     from bkprune.study import Study
 
-N_FINALISTS, N_JUDGED, N_BINS, N_PROMPTS, STEPS = 8, 256, 8, 16, 25
+N_FINALISTS, N_BINS, N_PROMPTS, STEPS = 8, 8, 16, 25
 PICTURES = ("latent", "clip")
 
 
@@ -38,14 +38,15 @@ class Inputs:
     cost: Path | None = None
     data: str | None = None
     n_samples: int = 96
+    n_judged: int = 256
     batch_size: int = 16
     storage: str | None = None
     pictures: tuple[str, ...] = ()
     clip: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.n_samples < 2 * N_BINS:
-            raise ValueError(f"--samples must be at least {2 * N_BINS}")
+        if min(self.n_samples, self.n_judged) < 2 * N_BINS:
+            raise ValueError(f"--samples and --judged must be at least {2 * N_BINS}")
         unknown = [name for name in self.pictures if name not in PICTURES]
         if unknown:
             raise ValueError(f"--finalists-by {unknown[0]!r}: choose from {', '.join(PICTURES)}")
@@ -163,17 +164,19 @@ class Job:
 
         self.pipeline = pipeline = load(self.model, self.parts)
         source, _ = calibration_source(self.model, self.inputs.data)
-        n = -(-self.inputs.n_samples // N_BINS) * N_BINS
+        n, judged = (
+            -(-asked // N_BINS) * N_BINS for asked in (self.inputs.n_samples, self.inputs.n_judged)
+        )
         drawn = calibrate(
             pipeline,
             source,
-            n=n + 2 * N_JUDGED,
+            n=n + 2 * judged,
             n_bins=N_BINS,
             seed=self.settings.seed,
             batch_size=self.inputs.batch_size,
             sampling=SamplingSettings(batch_size=self.inputs.batch_size),
         )
-        cuts = (slice(0, n), slice(n, n + N_JUDGED), slice(n + N_JUDGED, None))
+        cuts = (slice(0, n), slice(n, n + judged), slice(n + judged, None))
         return [OutputError(pipeline, drawn[cut], self.inputs.batch_size) for cut in cuts]
 
     def _finish(
@@ -183,7 +186,11 @@ class Job:
         from bkprune.search_view import print_finalists
         from bkprune.space import InfeasibleError
 
-        asked = {"samples": self.inputs.n_samples, "pictures": self.inputs.pictures}
+        asked = {
+            "samples": self.inputs.n_samples,
+            "judged": self.inputs.n_judged,
+            "pictures": self.inputs.pictures,
+        }
         inputs = {"units": study.digest(space.names), "cost": study.digest(space.teacher)}
         stamp = study.Stamp.of({**self.settings.stamped, **asked}, inputs)
         if qualities is None:

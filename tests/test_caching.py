@@ -175,6 +175,20 @@ def test_many_shards_are_shuffled_by_groups(emoji: Any, tmp_path: Path, monkeypa
     assert sorted(reads) == list(range(6))  # each shard once
 
 
+def test_caches_side_by_side_are_one(emoji: Any, tmp_path: Path) -> None:
+    for i, prompts in enumerate(("red heart\ncat face\n", "house\n")):
+        (tmp_path / f"{i}.txt").write_text(prompts)
+        filled(tmp_path / "both" / str(i), emoji, str(tmp_path / f"{i}.txt"), steps=1)
+    both = Cache(tmp_path / "both")
+    assert len(both) == 3
+    assert sorted(both.order(0, 1)) == [0, 1, 2]
+    alone = Cache(tmp_path / "both" / "1").batch([0], [sample_generator(0, 0)])
+    assert torch.equal(both.batch([2], [sample_generator(0, 0)]).latents, alone.latents)
+    filled(tmp_path / "both" / "2", emoji, str(tmp_path / "1.txt"), steps=1, size=32)
+    with pytest.raises(ValueError, match="made with another size"):
+        Cache(tmp_path / "both")
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

@@ -334,6 +334,9 @@ def test_what_a_run_leaves(pruned: Path, cached: Path, tmp_path: Path) -> None:
     told = json.loads((out / "distilled" / "mask.json").read_text())["distilled"]
     assert told["pairs"] == 328
     assert len(told["taps"]) == 8
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0
+    assert "up to date" in again.stderr
     other = CliRunner().invoke(app, words_of(pruned, cached, out, "--lr", "1e-3"))
     assert other.exit_code == 2
     assert "other settings" in other.stderr

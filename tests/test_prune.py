@@ -95,10 +95,15 @@ def test_33_masks_come_back_bitwise_in_a_fresh_process(
     assert forms[:3] == ["plain"] * 3
     assert forms.count("pruned") > 20
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # bits depend on it
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path)],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", **environment},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            **environment,
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -369,11 +369,10 @@ def study(tmp_path_factory: Any) -> Path:
 
 def _search(folder: Path, *more: Any) -> Any:
     args = ["search", "emoji", "--out", folder, "--grain", "stage", "--samples", "16"]
-    return run(*args, *more)
+    return run(*args, "--judged", "16", *more)
 
 
 def test_a_search_from_the_command_line(study: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("bkprune.search_job.N_JUDGED", 16)
     args = ["--budget", "macs<=0.7x", "--trials", "14"]
     result = _search(study, *args)
     assert result.exit_code == 0, result.output
@@ -460,6 +459,7 @@ def test_two_workers_on_one_journal(study: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((study / name).read_bytes())
     command = [sys.executable, "-W", "ignore", "-m", "bkprune.cli", "search", "emoji"]
     command += ["--grain", "stage", "--samples", "16", "--budget", "macs<=0.7x", "--trials", "20"]
+    command += ["--judged", "16"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path), "--workers", "2", "--quiet"],
         capture_output=True,

@@ -42,8 +42,11 @@ from bkprune.sources import Source
 HERE = Path(__file__).parent
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-kd"
 PAIRS = BUILT_IN["emoji"] / "pairs.zip"
-N_ERRORS, N_PICTURES, N_SHOWN, SAMPLING = 320, 256, 10, SamplingSettings(15, 3.0, 77, 32)
-LOSSES = {"kd": LossSettings(), "task": LossSettings(output=0.0, feature=0.0)}
+N_ERRORS, N_PICTURES, N_SHOWN, SAMPLING = 320, 256, 10, SamplingSettings(10, 3.0, 77, 32)
+LOSSES = {
+    "kd": LossSettings(1.0, 10.0, 1.0, normalise_features=True),
+    "task": LossSettings(output=0.0, feature=0.0),
+}
 
 
 def settings(seed: int, steps: int, losses: LossSettings) -> DistillSettings:
@@ -201,7 +204,7 @@ def table(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
