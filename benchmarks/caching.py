@@ -2,8 +2,8 @@
 
     python benchmarks/caching.py --pairs 100000 --out build/caching
 
-Pictures are 16x16 tiles of one colour with a caption of two words; the emoji model's networks encode
-them. What counts is the resident memory over time, not the speed.
+Pictures are 16x16 tiles of one colour with a caption of two words; the emoji model's networks
+encode them. What counts is the resident memory over time, not the speed.
 """
 
 from __future__ import annotations
@@ -22,24 +22,7 @@ from bkprune.caching import Cache, CacheSettings, fill
 from bkprune.models import load
 from bkprune.sources import Source
 
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "dark",
-    "light",
-    "small",
-    "large",
-    "round",
-    "flat",
-    "old",
-    "new",
-    "far",
-    "near",
-    "hot",
-    "cold",
-    "wet",
-]
+WORDS = [f"word{i}" for i in range(16)]
 PER_SHARD = 10_000
 
 

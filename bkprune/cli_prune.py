@@ -33,7 +33,7 @@ _FORMS = ("auto", "plain", "padded", "pruned")
 
 def prune(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="The teacher; as in `analyze`.")
+        str | None, typer.Argument(metavar="MODEL", help="The teacher; as in `analyze`.")
     ] = None,
     mask: Annotated[
         str | None,

@@ -136,7 +136,10 @@ def stored_dtype(model: str | Path) -> torch.dtype:
     path = Path(model)
     if folder is not None:
         inner = folder / "unet" if (folder / "unet").is_dir() else folder
-        path = next(iter(sorted(inner.glob("*.safetensors"))), folder)
+        names = sorted(inner.glob("*.safetensors"))
+        if stored_variant(inner) is None:
+            names = [name for name in names if ".fp16." not in name.name]
+        path = names[0] if names else folder
     return single_file.weight_dtype(path) if path.suffix == ".safetensors" else torch.float32
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 from bkprune import Inventory, PrunedUNet, single_file
-from bkprune.models import BUILT_IN, Parts, fingerprint, load, need
+from bkprune.models import BUILT_IN, Parts, fingerprint, load, need, stored_dtype
 from tests.conftest import SMALL, build, forward
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -374,3 +374,15 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="holds a list"):
         load(tmp_path / "list.ckpt")
+
+
+def test_the_stored_dtype_is_that_of_the_weights_that_are_loaded(
+    teacher: Any, tmp_path: Path
+) -> None:
+    teacher.save_pretrained(tmp_path / "both")
+    half = build(SMALL).half()
+    half.save_pretrained(tmp_path / "both", variant="fp16")
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    assert stored_dtype(tmp_path / "both") == torch.float32
+    assert stored_dtype(tmp_path / "half") == torch.float16
+    assert stored_dtype("emoji") == torch.float16
