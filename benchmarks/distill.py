@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from bkprune.models import BUILT_IN, load
 from bkprune.recipe import DistillSettings
 
 Step = Callable[[], None]
+_kept = ExitStack()  # taps stay until the process ends
 N_PAIRS = 256
 
 
@@ -117,7 +119,7 @@ def ours(pipeline: Any, unet: Any, batch_size: int, device: str, folder: Path) -
         Accelerator(cpu=device == "cpu"),
     )
     run._prepare()
-    student_net, teacher_net = run._watching().__enter__()
+    student_net, teacher_net = _kept.enter_context(run._watching())
 
     def step() -> None:
         run._one_step(student_net, teacher_net, [])
