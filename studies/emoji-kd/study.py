@@ -170,6 +170,9 @@ def train(options: argparse.Namespace) -> None:
 def report() -> None:
     REPORT.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(BUILD / "results.csv")
+    n_runs = rows[rows["how"].isin(list(LOSSES))].groupby("seed").size()
+    whole = n_runs.index[n_runs == len(PRESETS) * len(LOSSES)]  # seeds that are complete
+    rows = rows[rows["seed"].isin(whole)]
     rows.to_csv(REPORT / "results.csv", index=False, float_format="%.6g")
     prompts = read_pairs(PAIRS).split("heldout").captions[:N_SHOWN]
     shown = {}
