@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are then cut to its terminal
 
 import pytest
 import torch
