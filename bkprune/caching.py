@@ -109,7 +109,7 @@ def fill(
             tensors = _encode(pipeline, good, settings, done.n)
             write_atomic(folder / name, save({k: v.contiguous() for k, v in tensors.items()}))
             index["shards"].append([name, len(good)])
-            index["examples"] = (index["examples"] + [c for _, c in good])[:N_NAMED]
+            _keep_examples(index, [caption for _, caption in good], done.n)
             done.n += len(good)
         index |= {"n": done.n, "n_read": done.n_read, "n_bad": done.n_bad, "bad": done.bad}
         index["complete"] = len(chunk) < settings.shard_size
@@ -118,6 +118,16 @@ def fill(
     if not done.n:
         raise ValueError(f"{source}: not one readable pair in it")
     return done
+
+
+def _keep_examples(index: dict[str, Any], captions: list[str], first: int) -> None:
+    """Captions evenly spaced over all that came: every second one goes when there are too many."""
+    for n, caption in enumerate(captions, start=first):
+        if n % index["stride"] == 0:
+            index["examples"].append(caption)
+        if len(index["examples"]) > 2 * N_NAMED:
+            index["examples"] = index["examples"][::2]
+            index["stride"] *= 2
 
 
 def _check_bad(source: str, done: Progressed, settings: CacheSettings) -> None:
@@ -134,7 +144,7 @@ def _opened(folder: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder}: exists and is no cache; use another --out")
-        empty: dict[str, Any] = {"shards": [], "examples": [], "complete": False}
+        empty: dict[str, Any] = {"shards": [], "examples": [], "stride": 1, "complete": False}
         return {**made, "n": 0, "n_read": 0, "n_bad": 0, "bad": [], **empty}
     index = read_json(path)
     for key, value in made.items():

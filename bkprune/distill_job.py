@@ -126,7 +126,7 @@ class Job:
         """Names the run: other settings, networks or data are another run."""
         from bkprune.study import digest
 
-        index = {k: v for k, v in cache.index.items() if k not in ("bad", "examples")}
+        index = {k: v for k, v in cache.index.items() if k not in ("bad", "examples", "stride")}
         return digest([self.settings.stamped, self.fingerprints, index])
 
     # --- what a user asks for --------------------------------------------------------------------
@@ -203,7 +203,8 @@ class Job:
         from bkprune.study import write_atomic
 
         assert isinstance(cache, _Cache)
-        prompts = list(cache.index.get("examples", []))[:N_PREVIEW]
+        examples = list(cache.index.get("examples", []))
+        prompts = examples[:: -(-len(examples) // N_PREVIEW) or 1]
         lacks = getattr(self.student, "vae", None) is None
         if lacks or getattr(self.student, "text_encoder", None) is None or not prompts:
             notice("no previews: the student brings no VAE or text encoder")

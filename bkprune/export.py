@@ -282,7 +282,8 @@ def with_new_weights(
     """
     source = folder_of(student)
     settings = FolderSettings(dtype)
-    unet = copy.deepcopy(pipeline.unet).to(device="cpu", dtype=dtype)
+    with quiet():
+        unet = copy.deepcopy(pipeline.unet).to(device="cpu", dtype=dtype)
     form: Form = "pruned" if isinstance(unet, PrunedUNet) else "plain"
     if source is None:
         pipeline.unet = unet
