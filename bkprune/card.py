@@ -130,7 +130,9 @@ def _loading(facts: CardFacts) -> list[str]:
         "```python",
         *imports,
         f"from diffusers import {door}",
-        f'model = {door}.from_pretrained("PATH"{arguments})',
+        f"model = {door}.from_pretrained(",
+        f'    "PATH"{arguments}',
+        ")",
         "```",
     ]
     if facts.form == "plain":
