@@ -184,10 +184,11 @@ class Job:
 
     def _is_finished(self, cache: Cache) -> bool:
         from bkprune.checkpoints import RUN
+        from bkprune.single_file import read_json
 
         if not (self.asked.out / DISTILLED).exists() or not (self.asked.out / RUN).exists():
             return False
-        told = json.loads((self.asked.out / RUN).read_text(encoding="utf-8"))
+        told = read_json(self.asked.out / RUN)
         return bool(told.get("stamp") == self.stamp(cache))
 
     @property
@@ -197,27 +198,23 @@ class Job:
     # --- pictures on the way ---------------------------------------------------------------------
 
     def _previews(self, cache: Cache) -> Any:
-        from bkprune.caching import Cache as _Cache
+        """A grid at some step: teacher, pruned and now; the first two are drawn once, before."""
         from bkprune.checkpoints import PREVIEWS
         from bkprune.grids import grid_png
         from bkprune.study import write_atomic
 
-        assert isinstance(cache, _Cache)
         examples = list(cache.index.get("examples", []))
         prompts = examples[:: -(-len(examples) // N_PREVIEW) or 1]
         lacks = getattr(self.student, "vae", None) is None
         if lacks or getattr(self.student, "text_encoder", None) is None or not prompts:
             notice("no previews: the student brings no VAE or text encoder")
             return lambda step: None
-        rows: dict[str, Any] = {}
+        if not self.acc.is_main_process:
+            return lambda step: None
+        pipelines = {"teacher": self.teacher, "pruned": self.student}
+        rows = {name: self._draw(pipeline, prompts) for name, pipeline in pipelines.items()}
 
         def preview(step: int) -> None:
-            if not self.acc.is_main_process:
-                return
-            if "teacher" not in rows:
-                rows["teacher"] = self._draw(self.teacher, prompts)
-                if step == 0:
-                    rows["pruned"] = self._draw(self.student, prompts)
             label = {} if step == 0 else {f"step {step}": self._draw(self.student, prompts)}
             png = grid_png({**rows, **label}, prompts)
             write_atomic(self.asked.out / PREVIEWS / f"step-{step:08d}.png", png)
@@ -229,7 +226,7 @@ class Job:
 
         was_training = pipeline.unet.training
         pipeline.unet.eval()
-        for part in ("vae", "text_encoder"):
+        for part in ("unet", "vae", "text_encoder"):
             getattr(pipeline, part).to(self.acc.device)
         settings = SamplingSettings(
             PREVIEW_STEPS, self.asked.preview_guidance, self.settings.seed, len(prompts)

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Colour = tuple[float, float, float, float]
 
@@ -58,6 +60,13 @@ def plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def logarithmic(axis: Axis) -> None:
+    """Decades with their twos and fives, as plain numbers: labels that do not run together."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def size_of_u(blocks: pd.DataFrame, inch: float = _INCH) -> tuple[float, float]:

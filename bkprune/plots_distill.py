@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkprune.drawing import plain
+from bkprune.drawing import logarithmic, plain
 
 _COLOURS = {"loss_task": "#9aa5b1", "loss_output": "#3b6fb6", "loss_feature": "#d9822b"}
 
@@ -23,7 +23,8 @@ def curves(log: pd.DataFrame) -> Figure:
         smooth = log[name].rolling(window, min_periods=1).mean()
         axes.plot(log["step"], smooth, color=_COLOURS[name], lw=1.6)
         axes.set_yscale("log")
-        axes.set_title(name.removeprefix("loss_"), size=10)
+        logarithmic(axes.yaxis)
+        axes.set_title(f"{name.removeprefix('loss_')} loss", size=10)
         axes.set_xlabel("step")
         plain(axes)
     return figure

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkprune.drawing import plain
+from bkprune.drawing import logarithmic, plain
 
 _GREY, _BLUE, _ORANGE, _RED = "#9aa5b1", "#3b6fb6", "#d9822b", "#c23b22"
 _BASELINES = ("knapsack", "greedy", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -86,6 +86,7 @@ def front(
     if limit is not None:
         axes.axvline(limit / teacher_cost, color=_RED, lw=1, ls="--", label="budget")
     axes.set_yscale("log")
+    logarithmic(axes.yaxis)
     axes.set_xlabel(f"{metric}, as a share of the teacher's")
     axes.set_ylabel("output error without the removed blocks")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -103,6 +104,7 @@ def history(candidates: pd.DataFrame) -> Figure:
         rows["trial"], rows["measured"].cummin(), where="post", color=_BLUE, label="best so far"
     )
     axes.set_yscale("log")
+    logarithmic(axes.yaxis)
     axes.set_xlabel("trial")
     axes.set_ylabel("output error")
     axes.legend(frameon=False)
@@ -149,7 +151,9 @@ def additive_measured(candidates: pd.DataFrame) -> Figure:
         axes.plot(ends, ends, color=_GREY, ls="--", lw=1, label="equal")
         axes.legend(frameon=False)
     axes.set_xscale("log")
+    logarithmic(axes.xaxis)
     axes.set_yscale("log")
+    logarithmic(axes.yaxis)
     axes.set_xlabel("summed importance of the removed units")
     axes.set_ylabel("measured output error, ± standard error")
     plain(axes)

@@ -317,7 +317,7 @@ def test_sigterm_saves_first(pruned: Path, cached: Path, tmp_path: Path) -> None
 
 def test_what_a_run_leaves(pruned: Path, cached: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = words_of(pruned, cached, out, "--preview-every", "2", "--steps", "2")
+    words = words_of(pruned, cached, out, "--preview-every", "4", "--steps", "4")
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     done = load(out / "distilled")
@@ -325,11 +325,11 @@ def test_what_a_run_leaves(pruned: Path, cached: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(t, before[k]) for k, t in done.unet.state_dict().items())
     assert {p.name for p in (out / "previews").iterdir()} == {
         "step-00000000.png",
-        "step-00000002.png",
+        "step-00000004.png",
     }
     assert (out / "figures" / "train.png").exists()
     card = (out / "distilled" / "README.md").read_text()
-    assert "Distilled against its teacher for 2 steps of 2 samples" in card
+    assert "Distilled against its teacher for 4 steps of 2 samples" in card
     assert "Pruned only" not in card
     told = json.loads((out / "distilled" / "mask.json").read_text())["distilled"]
     assert told["pairs"] == 328
@@ -337,6 +337,11 @@ def test_what_a_run_leaves(pruned: Path, cached: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0
     assert "up to date" in again.stderr
+    picture = (out / "previews" / "step-00000004.png").read_bytes()
+    (out / "distill.json").unlink()
+    (out / "checkpoints" / "step-00000004" / "state.pt").unlink()
+    assert CliRunner().invoke(app, words).exit_code == 0  # from step 2: the same grid, whole
+    assert (out / "previews" / "step-00000004.png").read_bytes() == picture
     other = CliRunner().invoke(app, words_of(pruned, cached, out, "--lr", "1e-3"))
     assert other.exit_code == 2
     assert "other settings" in other.stderr

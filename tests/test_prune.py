@@ -15,30 +15,23 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import bkprune
 from bkprune import Inventory, PrunedUNet, bypassed, preset
 from bkprune.check import check
-from bkprune.cli import app
 from bkprune.export import FolderSettings, new_folder, student, write_folder
 from bkprune.masks import mask_record, read_mask
 from bkprune.models import load
 from bkprune.presets import PRESETS
 from tests.conftest import SMALL, build, forward
+from tests.test_cli import refused
+from tests.test_cli import run as bkprune_run
 
 WHOLE = ["--dtype", "float32"]
 
 
 def run(*words: Any) -> Any:
-    return CliRunner().invoke(app, ["prune", *map(str, words)])
-
-
-def refused(result: Any, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert len(result.stderr.strip().splitlines()) == 1
-    for word in words:
-        assert word in result.stderr
+    return bkprune_run("prune", *words)
 
 
 # --- what comes out ---------------------------------------------------------------------------
@@ -87,8 +80,8 @@ def test_33_masks_come_back_bitwise_in_a_fresh_process(
         forms.append(chosen.form)
         pipeline = type("UNetAlone", (), {"vae": None})()
         write_folder(folder, pipeline, chosen, None, FolderSettings())
-        keys = {chosen.twin.teacher_key(k) for k in chosen.unet.state_dict()} if chosen.twin else {}
-        assert set(keys) <= set(teacher.state_dict())
+        twin, names = chosen.twin, chosen.unet.state_dict()
+        assert {twin.teacher_key(k) if twin else k for k in names} <= set(teacher.state_dict())
         path = folder / "diffusion_pytorch_model.safetensors"
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         assert path.stat().st_size == header + 4 * chosen.n_params
