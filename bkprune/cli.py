@@ -15,6 +15,7 @@ import bkprune
 from bkprune.blocks import GRAINS
 from bkprune.cli_analyze import analyze
 from bkprune.cli_distill import cache, distill
+from bkprune.cli_evaluate import evaluate, stats
 from bkprune.cli_profile import profile
 from bkprune.cli_prune import diff, prune
 from bkprune.cli_search import search
@@ -124,6 +125,14 @@ app.command(
     epilog="Examples:  bkprune distill small --teacher emoji --steps 400   |   "
     "bkprune distill ./sd15-base --teacher ./sd15 --data 'shards/{000..099}.tar' --dry-run"
 )(distill)
+app.command(
+    epilog="Examples:  bkprune evaluate small --teacher emoji --out quality   |   "
+    "bkprune evaluate pruned=./a distilled=./b --teacher ./sd15 --protocol coco30k --prompts "
+    "metadata.csv --inception weights.pth --clip ./clip-vit-g --reference val2014.npz"
+)(evaluate)
+app.command(epilog="Example: bkprune stats ./val2014 --size 256 --inception w.pth --out val.npz")(
+    stats
+)
 app.command(epilog="Example: bkprune cache ./sd15 --data ./pairs --out latents")(cache)
 app.command(epilog="Example: bkprune diff ./sd14 ./bk-sdm-base")(diff)
 

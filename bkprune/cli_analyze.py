@@ -124,9 +124,9 @@ def _analyze(
 
     from bkprune import plots, study
     from bkprune.blocks import Inventory
+    from bkprune.clip import ClipScore
     from bkprune.drawing import png
     from bkprune.importance import analyze
-    from bkprune.metrics import ClipScore
     from bkprune.models import fingerprint, load
 
     record = study.Study(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -48,17 +49,24 @@ class Pairs:
 
     def image(self, index: int, size: int) -> Tensor:
         """One image `[3, size, size]` in [-1, 1]: shorter side resized (bicubic), centre crop."""
+        return fit(self._open(index), size)
+
+    def picture(self, index: int, size: int | None = None) -> NDArray[np.uint8]:
+        """One image `[H, W, 3]` in uint8, resized and cropped where a size is given."""
+        image = self._open(index)
+        return np.asarray(image) if size is None else fitted(image, size)
+
+    def _open(self, index: int) -> Image.Image:
         name = self.rows[index]["file_name"]
         try:
             data = _Store(self.source).read(name)
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+            return Image.open(io.BytesIO(data)).convert("RGB")
         except (KeyError, FileNotFoundError):
             raise ValueError(
                 f"{self.source}: {name} is in the caption file but not there"
             ) from None
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{self.source}/{name}: not a readable image ({error})") from error
-        return fit(image, size)
 
     def images(self, size: int) -> Tensor:
         """All images `[N, 3, size, size]` in [-1, 1]."""
@@ -67,13 +75,17 @@ class Pairs:
 
 def fit(image: Image.Image, size: int) -> Tensor:
     """An RGB image as `[3, size, size]` in [-1, 1]: shorter side resized (bicubic), centre crop."""
+    return torch.from_numpy(fitted(image, size).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def fitted(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """`[size, size, 3]`: shorter side resized (PIL bicubic, antialiased, in uint8), centre crop."""
     scale = size / min(image.size)
     if scale != 1:
         width, height = (max(size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    array = np.asarray(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 class _Store:

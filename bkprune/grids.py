@@ -1,4 +1,4 @@
-"""Pictures side by side: one row a model, one column a prompt, the same seed down a column.
+"""Pictures side by side, as rows and columns of one labelled PNG.
 
 Knows how tensors become one labelled PNG. It does not know who drew them.
 """
@@ -15,26 +15,35 @@ from torch import Tensor
 _LEFT, _TOP, _GAP = 76, 30, 2
 
 
-def grid_png(rows: Mapping[str, Tensor], captions: Sequence[str] = (), scale: int = 1) -> bytes:
-    """PNG bytes of labelled rows of pictures `[N, 3, H, W]` in [0, 1]."""
+def grid_png(
+    rows: Mapping[str, Tensor], captions: Sequence[str] = (), scale: int = 1, left: int = _LEFT
+) -> bytes:
+    """PNG bytes of labelled rows of pictures `[N, 3, H, W]` in [0, 1].
+
+    Args:
+        rows: pictures by label: one row a model, with captions above.
+        captions: one a column.
+        scale: whole pixels for one.
+        left: pixels for the labels.
+    """
     first = next(iter(rows.values()))
     n, _, height, width = first.shape
     height, width = height * scale, width * scale
     top = _TOP if captions else _GAP
-    size = (_LEFT + n * (width + _GAP), top + len(rows) * (height + _GAP))
+    size = (left + n * (width + _GAP), top + len(rows) * (height + _GAP))
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, caption in enumerate(captions[:n]):
-        _wrapped(pen, (_LEFT + i * (width + _GAP), 2), caption, width, font)
+        _wrapped(pen, (left + i * (width + _GAP), 2), caption, width, font)
     for r, (label, pictures) in enumerate(rows.items()):
         y = top + r * (height + _GAP)
-        _wrapped(pen, (4, y + 4), label, _LEFT - 6, font, lines=4)
+        _wrapped(pen, (4, y + 4), label, left - 6, font, lines=4)
         for i, picture in enumerate(pictures):
             array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             tile = Image.fromarray(np.ascontiguousarray(array))
             if scale != 1:
                 tile = tile.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (_LEFT + i * (width + _GAP), y))
+            sheet.paste(tile, (left + i * (width + _GAP), y))
     buffer = io.BytesIO()
     sheet.save(buffer, format="png")
     return buffer.getvalue()

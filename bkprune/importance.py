@@ -39,9 +39,9 @@ from bkprune.ablation import (
 )
 from bkprune.blocks import Grain, Inventory, Mask, Plan
 from bkprune.calibration import Calibration, calibrate, pick
+from bkprune.clip import ClipScore
 from bkprune.data import Pairs
 from bkprune.measured import latent_shift
-from bkprune.metrics import ClipScore
 from bkprune.sampling import SamplingSettings, decode
 from bkprune.study import Unfinished
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bkprune.blocks import Inventory, Mask
 from bkprune.bypass import Replay, bypassed
 from bkprune.calibration import Calibration
-from bkprune.metrics import ClipScore
+from bkprune.clip import ClipScore
 from bkprune.sampling import SamplingSettings, decode, sample_latents
 
 Array = NDArray[np.float64]

@@ -20,6 +20,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import nn
 
 from bkprune import single_file
@@ -50,23 +51,34 @@ class Parts:
     prediction_type: str | None = None
 
 
-def load(model: str | Path, parts: Parts | None = None, *, dtype: torch.dtype | None = None) -> Any:
+def load(
+    model: str | Path,
+    parts: Parts | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_checker: bool = False,
+) -> Any:
     """Load a model as a diffusers pipeline on the CPU, in evaluation mode.
 
     A part that neither the model nor `parts` has is None in the pipeline: a U-Net alone can be
-    profiled, not prompted. The safety checker is left out, as in the papers' protocols.
+    profiled, not prompted. The safety checker is left out, as in the papers' protocols, unless it
+    is asked for.
 
     Args:
         model: `emoji`, a diffusers pipeline or U-Net folder, a `.safetensors` or `.ckpt` file in
             the original layout, or a hub id (which downloads).
         parts: folders for what the model lacks.
         dtype: of the weights; float32 by default.
+        keep_checker: keep the safety checker of a pipeline folder that has one.
 
     Raises:
         ValueError: nothing there, not a U-Net of the Stable Diffusion family, damaged, not strict.
     """
     with quiet():
         pipeline = _load(model, parts or Parts(), dtype)
+        folder = folder_of(model) if keep_checker else None
+        if folder is not None:
+            _add_checker(pipeline, folder, dtype)
     _refuse_broken_weights(pipeline.unet, str(model))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -207,6 +219,19 @@ def _from_pipeline_folder(folder: Path, parts: Parts, dtype: torch.dtype | None)
         return pipeline_class(**loaded)
     except TypeError as error:
         raise ValueError(f"{folder}/model_index.json: {first_line(error)}") from error
+
+
+def _add_checker(pipeline: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """The safety checker, where the pipeline's folder names one."""
+    index = folder / "model_index.json"
+    entry = read_json(index).get("safety_checker") if index.exists() else None
+    if entry and entry[0] is not None:
+        pipeline.register_modules(
+            safety_checker=_strict(StableDiffusionSafetyChecker, folder / "safety_checker", dtype),
+            feature_extractor=_weightless(
+                transformers.CLIPImageProcessor, folder / "feature_extractor"
+            ),
+        )
 
 
 def _weightless(cls: Any, folder: Path) -> Any:

@@ -1,7 +1,8 @@
 """Seeded text-to-image: one generator per image, so that batches never change a picture.
 
-Knows how to run a pipeline for a list of prompts and seeds, and how two U-Nets share the steps of
-one run. It does not know which blocks a U-Net has left, nor what the pictures are for.
+Knows how to run a pipeline for a list of prompts and seeds under a scheduler by name, and how two
+U-Nets share the steps of one run. It does not know which blocks a U-Net has left, nor what the
+pictures are for.
 """
 
 from __future__ import annotations
@@ -11,18 +12,135 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are drawn; the defaults are BK-SDM's (25 steps, guidance 7.5 for SD)."""
+    """How pictures are drawn; the defaults are BK-SDM's (25 steps, guidance 7.5 for SD).
+
+    Attributes:
+        steps: of the scheduler.
+        guidance_scale: of classifier-free guidance; 1 and less is none.
+        seed: of picture 0; picture `i` has `seed + i`.
+        batch_size: pictures at a time.
+        scheduler: a name in `SCHEDULERS`, or None for the pipeline's own.
+        negative_prompt: for all pictures.
+        strength: of image-to-image, the share of the steps that is taken.
+        is_exact: pictures go through the networks one by one, so that on a CPU the batch size does
+            not change a bit; together they are faster, and equal up to rounding.
+    """
 
     steps: int = 25
     guidance_scale: float = 7.5
     seed: int = 1234
     batch_size: int = 16
+    scheduler: str | None = None
+    negative_prompt: str = ""
+    strength: float | None = None
+    is_exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError("at least one step and one picture at a time")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler {self.scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength}: above 0, at most 1")
+
+
+def use_scheduler(pipeline: Any, name: str | None) -> None:
+    """Give the pipeline a scheduler by name, with the noise schedule that it has."""
+    if name is not None:
+        class_name, settings = SCHEDULERS[name]
+        cls = getattr(diffusers, class_name)
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **settings)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures `[N, H, W, 3]` in uint8; what is wrong with each: nothing, not_finite, flagged."""
+
+    pictures: NDArray[np.uint8]
+    troubles: list[str]
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    start: Tensor | None = None,
+) -> Drawn:
+    """One picture a prompt and seed, as `pipeline(prompt)` alone would draw it.
+
+    Args:
+        pipeline: text-to-image, or image-to-image with `start`.
+        prompts: N of them.
+        seeds: N of them; each makes a generator on the CPU.
+        settings: how; its own seed is not used.
+        start: pictures `[N, 3, H, W]` in [0, 1] that image-to-image begins from.
+    """
+    size = 1 if settings.is_exact else settings.batch_size
+    parts = [
+        _draw(
+            pipeline,
+            list(prompts[i : i + size]),
+            seeds[i : i + size],
+            settings,
+            None if start is None else start[i : i + size],
+        )
+        for i in range(0, len(prompts), size)
+    ]
+    pictures = np.concatenate([part.pictures for part in parts])
+    return Drawn(pictures, [trouble for part in parts for trouble in part.troubles])
+
+
+def _draw(
+    pipeline: Any,
+    prompts: list[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    start: Tensor | None,
+) -> Drawn:
+    how: dict[str, Any] = {"prompt": prompts, "num_inference_steps": settings.steps}
+    if start is not None:
+        how |= {"image": start, "strength": settings.strength}
+    if settings.negative_prompt:
+        how["negative_prompt"] = [settings.negative_prompt] * len(prompts)
+    result = pipeline(
+        **how,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    )
+    pictures = result.images.float().cpu()
+    is_finite = pictures.isfinite().flatten(1).all(1).tolist()
+    flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
+    troubles = [
+        "not_finite" if not finite else "flagged" if flag else ""
+        for finite, flag in zip(is_finite, flagged, strict=True)
+    ]
+    clean = torch.nan_to_num(pictures * torch.tensor(is_finite).view(-1, 1, 1, 1))
+    array = (clean * 255).round().byte().permute(0, 2, 3, 1)
+    return Drawn(array.contiguous().numpy(), troubles)
 
 
 @torch.no_grad()

@@ -231,8 +231,8 @@ class Job:
     def _by_pictures(self, table: pd.DataFrame, progress: Any) -> pd.DataFrame:
         """More columns: what whole sampling runs say of the finalists."""
         from bkprune.calibration import pick
+        from bkprune.clip import ClipScore
         from bkprune.measured import PictureLoss
-        from bkprune.metrics import ClipScore
         from bkprune.sampling import SamplingSettings
 
         source, _ = calibration_source(self.model, self.inputs.data)

@@ -18,16 +18,18 @@ FLOORS = [
     for floor in (
         "blocks",
         "bypass study presets single_file counting cost machine series storage twin losses",
-        "data models sampling metrics graphs operators drawing masks grids checkpoints",
-        "calibration backends skeleton space card comparing check ldm lora sources plots plots_cost"
-        " plots_search plots_distill",
-        "ablation latency measured memory program judging caching recipe export",
-        "importance profiling proposals distill",
-        "measuring terminal search",
+        "data models sampling metrics inception lpips graphs operators drawing masks grids"
+        " checkpoints",
+        "calibration backends clip pictures skeleton space card comparing check ldm lora sources"
+        " plots plots_cost plots_search plots_distill plots_eval protocols",
+        "ablation latency measured memory program judging caching recipe export generation"
+        " features",
+        "importance profiling proposals distill judges speed",
+        "measuring terminal search evaluate",
         "profile_view search_view",
         "cli_analyze cli_profile cli_prune",
-        "search_job distill_job",
-        "cli_search cli_distill",
+        "search_job distill_job evaluate_job",
+        "cli_search cli_distill cli_evaluate",
         "cli",
     )
 ]
@@ -38,11 +40,12 @@ COMMANDS = {
     "cli_profile",
     "cli_prune",
     "cli_distill",
+    "cli_evaluate",
     "cli_search",
     "terminal",
 }
 OWNERS = {
-    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search", "plots_distill"},
+    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search", "plots_distill", "plots_eval"},
     "typer": COMMANDS,
     "rich": {"terminal"},
     "fvcore": {"operators"},
@@ -50,7 +53,8 @@ OWNERS = {
     "onnxruntime": {"graphs", "backends"},
     "openvino": {"graphs"},
     "peft": {"lora"},
-    "accelerate": {"distill", "distill_job"},
+    "accelerate": {"distill", "distill_job", "evaluate_job"},
+    "torchmetrics": {"evaluate", "lpips"},
     "webdataset": {"sources"},
     "datasets": {"sources"},
 }
@@ -150,6 +154,7 @@ def test_light_imports_bring_no_torch(code: str) -> None:
         ("search", "--budget"),
         ("prune", "--form"),
         ("distill", "--teacher"),
+        ("evaluate", "--protocol"),
     ],
 )
 def test_help_brings_no_torch(command: str, option: str) -> None:

@@ -14,9 +14,9 @@ import torch
 from bkprune.blocks import Inventory
 from bkprune.bypass import bypassed
 from bkprune.calibration import Calibration, calibrate
+from bkprune.clip import ClipScore
 from bkprune.data import Pairs, read_pairs
 from bkprune.importance import COLUMNS, CRITERIA, AnalyzeSettings, analyze, timestep_weights
-from bkprune.metrics import ClipScore
 from bkprune.models import BUILT_IN, load
 from bkprune.sampling import SamplingSettings
 from bkprune.study import Stamp, Study, Unfinished

@@ -1,92 +1,216 @@
-"""The CLIP score against torchmetrics, and pictures that do not depend on their batch."""
+"""Metrics against torch-fidelity's numbers, laws of the bootstrap, and the networks that judge.
+
+Numbers named golden were computed by torch-fidelity 0.3.0 on the same inputs.
+"""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image.lpips as reference_lpips
+from torch import nn
 
-from bkprune.data import read_pairs
-from bkprune.metrics import ClipScore
-from bkprune.models import BUILT_IN, load
-from bkprune.sampling import SamplingSettings, decode, sample_latents
+from bkprune.inception import Inception, resize_like_tensorflow
+from bkprune.lpips import Lpips
+from bkprune.metrics import (
+    METRICS,
+    Frechet,
+    InceptionScore,
+    Kernel,
+    Mean,
+    Measured,
+    Moments,
+    bootstrap_weights,
+)
 
-PROMPTS = ["rocket, noto emoji", "red heart, fluent emoji", "grinning cat, noto emoji"]
-
-
-def test_clip_score_is_that_of_torchmetrics() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torchmetrics.multimodal import CLIPScore
-    ours = ClipScore.load(None)
-    pairs = read_pairs(BUILT_IN["emoji"] / "pairs.zip").subset(range(6))
-    pictures = (pairs.images(64) + 1) / 2
-
-    class Features:
-        config = ours.model.config
-
-        def to(self, _: Any) -> Features:
-            return self
-
-        def eval(self) -> Features:
-            return self
-
-        def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = ours.model.get_image_features(pixels).pooler_output
-            return out
-
-        def get_text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = ours.model.get_text_features(ids).pooler_output
-            return out
-
-    def process(
-        text: list[str] | None = None, images: list[torch.Tensor] | None = None, **_: Any
-    ) -> dict[str, torch.Tensor]:
-        out: dict[str, torch.Tensor] = {}
-        if text is not None:
-            batch = ours.tokenizer(text, padding="max_length", max_length=24, return_tensors="pt")
-            out |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if images is not None:
-            out["pixel_values"] = torch.stack(images) * 2 - 1
-        return out
-
-    theirs = CLIPScore(model_name_or_path=lambda: (Features(), process))
-    theirs.update(list(pictures), pairs.captions)
-    with torch.no_grad():
-        expected = float(theirs.compute())
-    assert float(ours(pictures, pairs.captions).mean()) == pytest.approx(expected, rel=1e-5)
+GOLDEN = {
+    64: (3.135348806984723, 0.032236513919864804, 9.868008673813998),
+    2048: (1765.9004029609205, 0.0296295409424857, 25.238459863546343),
+}
 
 
-def test_the_judge_knows_its_own_pictures() -> None:
-    judge = ClipScore.load(None)
-    train = read_pairs(BUILT_IN["emoji"] / "pairs.zip").split("train")
-    pairs = train.subset(range(0, 2900, 58))
-    pictures = (pairs.images(64) + 1) / 2
-    cosine = judge.image_features(pictures) @ judge.text_features(pairs.captions).T
-    hits = (cosine.argmax(1) == torch.arange(len(pairs))).float().mean()
-    assert hits > 0.8
-    own = judge(pictures, pairs.captions)
-    torch.testing.assert_close(own, 100 * cosine.diagonal().clamp(min=0))
+def features(width: int) -> tuple[Any, Any]:
+    rng = np.random.default_rng(width)
+    return rng.normal(size=(1200, width)), rng.normal(0.1, 1.1, size=(1300, width))
 
 
-def test_a_folder_without_clip_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no CLIP model in it"):
-        ClipScore.load(tmp_path)
+@pytest.mark.filterwarnings("ignore:a Frechet distance")
+@pytest.mark.parametrize("width", [64, 2048])
+def test_distances_and_scores_are_torch_fidelitys(width: int) -> None:
+    a, b = features(width)
+    fid, kid, inception_score = GOLDEN[width]
+    assert Frechet(a, Moments.of(b)).value == pytest.approx(fid, rel=1e-8)
+    assert Kernel(a, b).value == pytest.approx(kid, rel=1e-8)
+    assert InceptionScore(3 * a).value == pytest.approx(inception_score, rel=1e-10)
 
 
-def test_same_seed_same_picture_at_any_batch_size() -> None:
-    pipeline = load("emoji")
-    settings = SamplingSettings(steps=4, guidance_scale=3.0, seed=5)
-    whole = sample_latents(pipeline, PROMPTS, settings)
-    single = sample_latents(pipeline, PROMPTS, replace(settings, batch_size=1))
-    torch.testing.assert_close(whole, single, rtol=1e-3, atol=1e-3)
-    later = sample_latents(pipeline, PROMPTS[1:], settings, first=1)
-    torch.testing.assert_close(whole[1:], later, rtol=1e-3, atol=1e-3)
-    pictures = decode(pipeline.vae, whole)
-    assert pictures.shape == (3, 3, 64, 64)
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
+def test_few_pictures_warn() -> None:
+    a, b = features(64)
+    with pytest.warns(UserWarning, match="100 samples in 64 dimensions is biased upwards"):
+        Frechet(a[:100], Moments.of(b))
+
+
+def test_equal_features_are_no_distance_apart() -> None:
+    a, _ = features(64)
+    assert Frechet(a, Moments.of(a)).value == pytest.approx(0, abs=1e-9)
+
+
+def test_weights_are_repetitions() -> None:
+    a, b = features(64)
+    a = a[:300]
+    weights = np.random.default_rng(0).multinomial(300, np.full(300, 1 / 300)).astype(float)
+    repeated = np.repeat(a, weights.astype(int), axis=0)
+    ours, theirs = Moments.of(a, weights), Moments.of(repeated)
+    np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-12)
+    np.testing.assert_allclose(ours.cov, theirs.cov, atol=1e-12)
+    reference = Moments.of(b)
+    assert Frechet(a, reference).resampled(weights) == pytest.approx(
+        Frechet(repeated, reference).value, rel=1e-9
+    )
+    values = a[:, 0]
+    assert Mean(values).resampled(weights) == pytest.approx(repeated[:, 0].mean())
+
+
+@pytest.mark.parametrize("kind", [Frechet, Kernel, Mean])
+def test_equal_weights_change_nothing(kind: Any) -> None:
+    a, b = features(64)
+    against = {Frechet: (a, Moments.of(b)), Kernel: (a, b), Mean: (a[:, 0],)}
+    estimate = kind(*against[kind])
+    assert estimate.resampled(np.ones(len(a))) == pytest.approx(estimate.value, rel=1e-9)
+
+
+def test_the_kernel_distance_moves_along_its_influence() -> None:
+    """First order: dropping a few pictures moves it as measuring the rest does."""
+    a, b = features(64)
+    a[:30] += 0.5
+    weights = np.ones(len(a))
+    weights[:30] = 0
+    predicted = Kernel(a, b).resampled(weights) - Kernel(a, b).value
+    measured = Kernel(a[30:], b).value - Kernel(a, b).value
+    assert abs(predicted) > 1e-3
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_bootstrap_knows_the_error_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=2000)
+    measured = Measured.of(Mean(values), np.arange(2000))
+    assert measured.stderr == pytest.approx(2000**-0.5, rel=0.15)
+
+
+def test_pictures_of_one_prompt_are_drawn_together() -> None:
+    """Four equal pictures a prompt say no more than one."""
+    values = np.random.default_rng(0).normal(size=500)
+    alone = Measured.of(Mean(values), np.arange(500))
+    repeated = Measured.of(Mean(np.repeat(values, 4)), np.repeat(np.arange(500), 4))
+    assert repeated.stderr == pytest.approx(alone.stderr, rel=0.1)
+    naive = Measured.of(Mean(np.repeat(values, 4)), np.arange(2000))
+    assert naive.stderr < 0.6 * alone.stderr
+
+
+def test_paired_differences_cancel_what_both_find_hard() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=400)
+    groups = np.arange(400)
+    a = Measured.of(Mean(hard + 0.1), groups)
+    b = Measured.of(Mean(hard), groups)
+    apart, stderr = a.minus(b)
+    assert apart == pytest.approx(0.1)
+    assert stderr < 1e-9 < b.stderr
+
+
+def test_resamples_keep_their_number_of_groups() -> None:
+    groups = np.array([0, 0, 1, 2, 2, 2])
+    weights = bootstrap_weights(groups, 50)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 0] + weights[:, 2] + weights[:, 3] == 3).all()
+
+
+def test_every_metric_has_a_direction() -> None:
+    assert all(m.better in ("lower", "higher") and m.words for m in METRICS.values())
+
+
+# --- networks --------------------------------------------------------------------------------
+
+
+def made_up(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a healthy scale that depend on their names alone."""
+    out = {}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.int64:
+            out[name] = tensor
+            continue
+        values = torch.randn(
+            tensor.shape, generator=torch.Generator().manual_seed(sum(map(ord, name)))
+        )
+        if name.endswith("running_var"):
+            values = values.abs() + 0.5
+        elif name.endswith("bn.weight"):
+            values = 1 + 0.1 * values
+        else:
+            values *= (2 / values[0].numel()) ** 0.5 if values.ndim > 1 else 0.1
+        out[name] = values
+    return out
+
+
+def test_inception_is_torch_fidelitys(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(made_up(Inception().state_dict()), path)
+    network = Inception.load(path)
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8, generator=generator)
+    found, logits = network(pictures)
+    assert found.shape == (3, 2048)
+    assert logits.shape == (3, 1008)
+    assert float(found.double().mean()) == pytest.approx(0.25813222, rel=1e-5)
+    assert float(found.double().std()) == pytest.approx(0.348137836, rel=1e-5)
+    assert float(logits.double().mean()) == pytest.approx(-0.0230202014, rel=1e-4)
+    assert float(logits.double().std()) == pytest.approx(0.632397132, rel=1e-5)
+    torch.testing.assert_close(
+        logits[1, :3], torch.tensor([0.3909, -0.0283, 0.1219]), rtol=0, atol=1e-4
+    )
+
+
+def test_resizing_as_tensorflow_one_did() -> None:
+    """Output pixel i reads input coordinate i * n / size, and the last one stays."""
+    row = torch.tensor([0.0, 10.0, 20.0, 30.0]).view(1, 1, 1, 4).expand(1, 1, 4, 4)
+    out = resize_like_tensorflow(row, 8)[0, 0, 0]
+    torch.testing.assert_close(out, torch.tensor([0.0, 5, 10, 15, 20, 25, 30, 30]))
+
+
+def test_inception_weights_are_named_where_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth, at https"):
+        Inception.load(tmp_path / "none.pth")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not the Inception weights"):
+        Inception.load(tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="not the Inception weights"):
+        Inception.load(tmp_path / "text.pth")
+
+
+def test_lpips_is_torchmetrics_with_the_same_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "alexnet.pth"
+    backbone = Lpips().features
+    state = {f"features.{k}": v for k, v in made_up(backbone.state_dict()).items()}
+    torch.save({**state, "classifier.1.weight": torch.zeros(2)}, path)
+    ours = Lpips.load(path)
+
+    def same_backbone(net: str, pretrained: bool = False) -> nn.Module:
+        return Lpips.load(path).features
+
+    monkeypatch.setattr(reference_lpips, "_get_tv_model_features", same_backbone)
+    theirs = reference_lpips._LPIPS(pretrained=True, net="alex", pnet_rand=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+    found = ours(a, b)
+    assert found.min() > 0.01
+    torch.testing.assert_close(found, theirs(a, b).flatten(), rtol=1e-5, atol=1e-6)
+    assert ours(a, a).abs().max() == 0
+    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth"):
+        Lpips.load(tmp_path / "none.pth")

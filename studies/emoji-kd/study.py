@@ -1,7 +1,8 @@
 """Does distillation pay? BK-SDM's three students of the emoji model, with and without the teacher.
 
     python study.py              # trains and evaluates; resumes; about an hour on two cores
-    python study.py --report     # rebuilds the tables and pictures from results.csv
+    python study.py --report     # rebuilds the tables and pictures from what is trained
+    python study.py --evaluate   # a thousand pictures of each model of the first seed
 
 Each student is trained from the same pruned weights with the same order of data, noise and steps:
 once with task, output and feature loss (`kd`), once with the task loss alone (`task`), three seeds
@@ -13,6 +14,8 @@ CLIP features from those of the real held-out pictures.
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,14 +29,15 @@ from torch import Tensor
 from bkprune import Inventory, preset
 from bkprune.caching import Cache, CacheSettings, fill
 from bkprune.calibration import calibrate
+from bkprune.clip import ClipScore
 from bkprune.comparing import identify
 from bkprune.data import read_pairs
 from bkprune.distill import Distillation
-from bkprune.export import student
+from bkprune.export import FolderSettings, Student, new_folder, student, write_folder
 from bkprune.grids import grid_png
 from bkprune.losses import LossSettings, taps
-from bkprune.metrics import ClipScore, frechet_distance
-from bkprune.models import BUILT_IN, load
+from bkprune.metrics import frechet_distance
+from bkprune.models import BUILT_IN, folder_of, load
 from bkprune.presets import PRESETS
 from bkprune.recipe import DistillSettings
 from bkprune.sampling import SamplingSettings, decode, sample_latents
@@ -42,11 +46,13 @@ from bkprune.sources import Source
 HERE = Path(__file__).parent
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-kd"
 PAIRS = BUILT_IN["emoji"] / "pairs.zip"
-N_ERRORS, N_PICTURES, N_SHOWN, SAMPLING = 320, 256, 10, SamplingSettings(10, 3.0, 77, 32)
+STEPS, N_ERRORS, N_PICTURES, EVERY, SAMPLING = 120, 320, 256, 28, SamplingSettings(10, 3.0, 77, 32)
 LOSSES = {
-    "kd": LossSettings(1.0, 10.0, 1.0, normalise_features=True),
+    "kd": LossSettings(1.0, 30.0, 0.0),
     "task": LossSettings(output=0.0, feature=0.0),
+    "features": LossSettings(1.0, 10.0, 1.0, normalise_features=True),
 }
+COMPARED = ("kd", "task")  # with every seed; the others with the first
 
 
 def settings(seed: int, steps: int, losses: LossSettings) -> DistillSettings:
@@ -92,7 +98,7 @@ class Judge:
         return [unet(**b.inputs(scheduler, torch.float32)).sample for _, b in batches]
 
     @torch.no_grad()
-    def __call__(self, unet: Any) -> tuple[dict[str, float], Tensor]:
+    def __call__(self, unet: Any) -> dict[str, float]:
         unet.eval()
         pairs = zip(self._outputs(unet), self.expected, strict=True)
         errors = torch.cat([(a - b).square().flatten(1).mean(1) for a, b in pairs])
@@ -111,7 +117,7 @@ class Judge:
             "clip_score_stderr": float(score.std() / len(score) ** 0.5),
             "frechet_clip": frechet_distance(features, self.real),
             "n_pictures": len(pictures),
-        }, pictures[:N_SHOWN]
+        }
 
 
 def jobs(seeds: int) -> Iterator[tuple[str, str, int]]:
@@ -120,7 +126,7 @@ def jobs(seeds: int) -> Iterator[tuple[str, str, int]]:
         yield name, "pruned", 0
     for seed in range(seeds):
         for name in PRESETS:
-            for how in LOSSES:
+            for how in LOSSES if seed == 0 else COMPARED:
                 yield name, how, seed
 
 
@@ -158,41 +164,80 @@ def train(options: argparse.Namespace) -> None:
     for name, how, seed in jobs(options.seeds):
         if (name, how, seed) in done:
             continue
-        unet = network(teacher, cache, name, how, seed, options.steps)
-        measured, pictures = judge(unet)
-        steps = 0 if how in ("teacher", "pruned") else options.steps
+        unet = network(teacher, cache, name, how, seed, STEPS)
+        measured = judge(unet)
+        steps = 0 if how in ("teacher", "pruned") else STEPS
         rows.append({"model": name, "how": how, "seed": seed, "steps": steps, **measured})
         pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
-        torch.save(pictures, BUILD / f"pictures-{name}-{how}-{seed}.pt")
         print(rows[-1], flush=True)
 
 
 def report() -> None:
     REPORT.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(BUILD / "results.csv")
-    n_runs = rows[rows["how"].isin(list(LOSSES))].groupby("seed").size()
-    whole = n_runs.index[n_runs == len(PRESETS) * len(LOSSES)]  # seeds that are complete
-    rows = rows[rows["seed"].isin(whole)]
+    n_runs = rows[rows["how"].isin(COMPARED)].groupby("seed").size()
+    whole = n_runs.index[n_runs == len(PRESETS) * len(COMPARED)]  # seeds that are complete
+    others = ~rows["how"].isin(COMPARED) & (rows["seed"] > 0)
+    rows = rows[rows["seed"].isin(whole) & ~others].copy()
+    rows["how"] = pd.Categorical(rows["how"], ["teacher", "pruned", "task", "kd", "features"])
+    rows = rows.sort_values(["how", "model"], kind="stable")
     rows.to_csv(REPORT / "results.csv", index=False, float_format="%.6g")
-    prompts = read_pairs(PAIRS).split("heldout").captions[:N_SHOWN]
-    shown = {}
-    for name, how, label in [
-        ("teacher", "teacher", "teacher"),
-        *((n, h, f"{n} {h}") for n in PRESETS for h in ("pruned", "task", "kd")),
-    ]:
-        found = BUILD / f"pictures-{name}-{how}-0.pt"
-        if found.exists():
-            shown[label] = torch.load(found, weights_only=True)
-    (REPORT / "grid.png").write_bytes(grid_png(shown, prompts))
+    (REPORT / "grid.png").write_bytes(grid(load("emoji", dtype=torch.float32)))
     text = (HERE / "report.md").read_text(encoding="utf-8")
     (REPORT / "README.md").write_text(text.replace("TABLE", table(rows)), encoding="utf-8")
+
+
+def grid(teacher: Any) -> bytes:
+    """Ten held-out prompts by every model of seed 0, each from the seed it had when judged."""
+    prompts = read_pairs(PAIRS).split("heldout").captions
+    cache, shown = Cache(BUILD / "cache"), range(0, N_PICTURES, EVERY)
+    rows, own = {}, teacher.unet
+    for label, name, how in [
+        ("teacher", "", "teacher"),
+        *((f"{n} {h}", n, h) for n in PRESETS for h in ("pruned", "task", "kd")),
+    ]:
+        teacher.unet = own
+        teacher.unet = network(teacher, cache, name, how, 0, STEPS).eval()
+        latents = [sample_latents(teacher, [prompts[i]], SAMPLING, first=i) for i in shown]
+        rows[label] = decode(teacher.vae, torch.cat(latents))
+    return grid_png(rows, [prompts[i] for i in shown])
+
+
+def export_models() -> dict[str, Path]:
+    """Pipelines of seed 0, before and after distillation, that any command takes."""
+    teacher, out = load("emoji", dtype=torch.float32), {}
+    for name in PRESETS:
+        for how in ("pruned", "kd"):
+            label = f"{name.removeprefix('bk-sdm-')} {'distilled' if how == 'kd' else how}"
+            out[label] = BUILD / "models" / label.replace(" ", "-")
+            if out[label].exists():
+                continue
+            unet = network(teacher, Cache(BUILD / "cache"), name, how, 0, STEPS).eval()
+            with new_folder(out[label], force=True) as folder:
+                source, kept = folder_of("emoji"), FolderSettings(torch.float32)
+                write_folder(Path(folder), teacher, Student(unet, "plain"), source, kept)
+    return out
+
+
+def evaluate() -> None:
+    """A thousand pictures of each, by the command; its tables and figures into the report."""
+    models = [f"{label}={path}" for label, path in export_models().items()]
+    out = BUILD / "evaluation"
+    command = ["bkprune", "evaluate", *models, "--teacher", "teacher=emoji", "--out", str(out)]
+    command += ["--protocol", "emoji", "--n", "1000", "--steps", str(SAMPLING.steps)]
+    command += ["--together", "--batch-size", "16"]
+    subprocess.run(command, check=True)
+    for name in ("eval.csv", "differences.csv"):
+        shutil.copy(out / name, REPORT / name)
+    shutil.copy(out / "grid-text-to-image.png", REPORT / "evaluation.png")
+    shutil.copy(out / "figures" / "quality-text-to-image.png", REPORT / "quality.png")
 
 
 def table(rows: pd.DataFrame) -> str:
     """Means over seeds and their spread; where there is one run, its own standard error."""
     lines = ["| model | trained | output error | CLIP score | Frechet distance, CLIP |"]
     lines.append("| --- | --- | ---: | ---: | ---: |")
-    for (name, how), group in rows.groupby(["model", "how"], sort=False):
+    for (how, name), group in rows.groupby(["how", "model"], sort=False, observed=True):
         cells = []
         for column, digits in (("output_error", 4), ("clip_score", 2), ("frechet_clip", 4)):
             mean, n = group[column].mean(), len(group)
@@ -207,14 +252,16 @@ def table(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--evaluate", action="store_true")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
+    if options.evaluate:
+        return evaluate()
     if not options.report:
         train(options)
-    report()
+    return report()
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from torch import Tensor
 import bkprune
 from bkprune import Inventory, Replay, preset
 from bkprune.calibration import calibrate, encode_images
+from bkprune.clip import ClipScore
 from bkprune.data import Pairs, read_pairs
-from bkprune.metrics import ClipScore
 from bkprune.models import BUILT_IN, load
 from bkprune.sampling import SamplingSettings, decode, sample_latents
 
