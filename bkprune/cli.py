@@ -18,6 +18,7 @@ from bkprune.cli_distill import cache, distill
 from bkprune.cli_evaluate import evaluate, stats
 from bkprune.cli_profile import profile
 from bkprune.cli_prune import diff, prune
+from bkprune.cli_run import init, report, run
 from bkprune.cli_search import search
 from bkprune.terminal import (
     JSON,
@@ -134,6 +135,11 @@ app.command(epilog="Example: bkprune stats ./val2014 --size 256 --inception w.pt
     stats
 )
 app.command(epilog="Example: bkprune cache ./sd15 --data ./pairs --out latents")(cache)
+app.command(
+    epilog="Examples:  bkprune run studies/emoji   |   bkprune run studies/emoji --dry-run"
+)(run)
+app.command(epilog="Example: bkprune report studies/emoji")(report)
+app.command(epilog="Example: bkprune init my-study --model ./sd15")(init)
 app.command(epilog="Example: bkprune diff ./sd14 ./bk-sdm-base")(diff)
 
 

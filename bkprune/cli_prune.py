@@ -259,7 +259,8 @@ class _Job:
         from bkprune.card import model_card
         from bkprune.drawing import mask_figure, png
 
-        (folder / export.MASK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        told = {**record, "cost": {"teacher": dict(facts.before), "student": dict(facts.after)}}
+        (folder / export.MASK).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         (folder / export.CARD).write_text(model_card(facts), encoding="utf-8")
         figure = mask_figure(pd.DataFrame(inventory.rows()), record["removed"])
         (folder / export.DRAWING).write_bytes(png(figure))

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import pandas as pd
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgba
@@ -31,6 +31,16 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def png_and_svg(figure: Figure) -> tuple[bytes, bytes]:
+    """Both, laid out once; the same bytes for the same figure."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "bkprune"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return png(figure), buffer.getvalue()
 
 
 def unit_column(blocks: pd.DataFrame, units: pd.Series[Any]) -> str:
@@ -71,7 +81,7 @@ def logarithmic(axis: Axis) -> None:
 
 def size_of_u(blocks: pd.DataFrame, inch: float = _INCH) -> tuple[float, float]:
     """Inches that the drawing wants, width and height; `inch` is a block with its margin."""
-    left, right, bottom, top = _bounds(_places(blocks))
+    left, right, bottom, top = _bounds(places_of(blocks))
     return inch * (right - left), inch * (top - bottom)
 
 
@@ -108,7 +118,7 @@ def draw_blocks(
     axes: Axes, blocks: pd.DataFrame, faces: Mapping[str, Colour | None], text_size: float = 9
 ) -> None:
     """The U with every block in its own colour; those of None are drawn as gone."""
-    places = _places(blocks)
+    places = places_of(blocks)
     _draw_levels(axes, blocks, places, text_size)
     for name, kind in zip(blocks["name"], blocks["kind"], strict=True):
         x, y = places[name]
@@ -170,7 +180,7 @@ def _draw_levels(
         axes.text(0, mid[0][1] + 0.42, "mid_block", ha="center", size=text_size, color=grey)
 
 
-def _places(blocks: pd.DataFrame) -> dict[str, tuple[float, float]]:
+def places_of(blocks: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Centre of every block: both arms of the U lean inwards, the mid block lies at its bottom."""
     places: dict[str, tuple[float, float]] = {}
     n_levels = int(blocks["level"].max()) + 1

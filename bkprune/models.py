@@ -20,7 +20,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import nn
 
 from bkprune import single_file
@@ -223,6 +222,8 @@ def _from_pipeline_folder(folder: Path, parts: Parts, dtype: torch.dtype | None)
 
 def _add_checker(pipeline: Any, folder: Path, dtype: torch.dtype | None) -> None:
     """The safety checker, where the pipeline's folder names one."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
     index = folder / "model_index.json"
     entry = read_json(index).get("safety_checker") if index.exists() else None
     if entry and entry[0] is not None:

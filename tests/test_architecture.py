@@ -17,17 +17,18 @@ FLOORS = [
     set(floor.split())
     for floor in (
         "blocks",
-        "bypass study presets single_file counting cost machine series storage twin losses",
+        "bypass study presets single_file counting cost machine series storage twin losses"
+        " studyfile",
         "data models sampling metrics inception lpips graphs operators drawing masks grids"
-        " checkpoints",
+        " checkpoints stages",
         "calibration backends clip pictures skeleton space card comparing check ldm lora sources"
-        " plots plots_cost plots_search plots_distill plots_eval protocols",
+        " plots plots_cost plots_search plots_distill plots_eval protocols evidence",
         "ablation latency measured memory program judging caching recipe export generation"
-        " features",
-        "importance profiling proposals distill judges speed",
-        "measuring terminal search evaluate",
+        " features comparison estimates",
+        "importance profiling proposals distill judges speed sections",
+        "measuring terminal search evaluate report",
         "profile_view search_view",
-        "cli_analyze cli_profile cli_prune",
+        "cli_analyze cli_profile cli_prune cli_run",
         "search_job distill_job evaluate_job",
         "cli_search cli_distill cli_evaluate",
         "cli",
@@ -41,11 +42,14 @@ COMMANDS = {
     "cli_prune",
     "cli_distill",
     "cli_evaluate",
+    "cli_run",
     "cli_search",
     "terminal",
 }
 OWNERS = {
-    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search", "plots_distill", "plots_eval"},
+    "matplotlib": {"drawing", "plots", "plots_cost", "plots_search", "plots_distill"}
+    | {"plots_eval", "evidence", "report"},
+    "jinja2": {"report"},
     "typer": COMMANDS,
     "rich": {"terminal"},
     "fvcore": {"operators"},
@@ -71,6 +75,14 @@ WITHOUT_TORCH |= {
     "proposals",
     "search",
     "storage",
+    "studyfile",
+    "stages",
+    "sections",
+    "evidence",
+    "comparison",
+    "report",
+    "plots_distill",
+    "plots_eval",
 }
 TORCH_INSIDE = {"data"}  # needs tensors, but no model
 
@@ -137,6 +149,8 @@ def test_bypass_needs_nothing_of_ours() -> None:
         "import bkprune.plots_cost",
         "import bkprune.plots_search",
         "import bkprune.search",
+        "import bkprune.report",
+        "import bkprune.stages",
         "import bkprune.cost",
         "import bkprune.study",
     ],
@@ -155,6 +169,8 @@ def test_light_imports_bring_no_torch(code: str) -> None:
         ("prune", "--form"),
         ("distill", "--teacher"),
         ("evaluate", "--protocol"),
+        ("run", "--dry-run"),
+        ("report", "--json"),
     ],
 )
 def test_help_brings_no_torch(command: str, option: str) -> None:

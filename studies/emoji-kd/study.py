@@ -205,13 +205,14 @@ def grid(teacher: Any) -> bytes:
 
 def export_models() -> dict[str, Path]:
     """Pipelines of seed 0, before and after distillation, that any command takes."""
-    teacher, out = load("emoji", dtype=torch.float32), {}
+    out = {}
     for name in PRESETS:
         for how in ("pruned", "kd"):
             label = f"{name.removeprefix('bk-sdm-')} {'distilled' if how == 'kd' else how}"
             out[label] = BUILD / "models" / label.replace(" ", "-")
             if out[label].exists():
                 continue
+            teacher = load("emoji", dtype=torch.float32)
             unet = network(teacher, Cache(BUILD / "cache"), name, how, 0, STEPS).eval()
             with new_folder(out[label], force=True) as folder:
                 source, kept = folder_of("emoji"), FolderSettings(torch.float32)

@@ -1,0 +1,158 @@
+"""report.html and report.md of a run folder: one page that needs nothing else, and its figures.
+
+Knows how sections become HTML (escaped, self-contained, without a network) and Markdown. What they
+say is for `sections.py`. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import escape
+from matplotlib.figure import Figure
+
+import bkprune
+from bkprune import study
+from bkprune.drawing import png_and_svg
+from bkprune.evidence import Run, Section
+from bkprune.sections import sections, winner_line
+from bkprune.study import write_atomic
+
+_ASSETS = Path(bkprune.__file__).parent / "assets" / "report"
+HTML, MARKDOWN = "report.html", "report.md"
+
+
+def build(folder: Path) -> Path:
+    """Write the report of a run folder and say where its page is.
+
+    Raises:
+        ValueError: no tables there, or one that is not what it should be.
+    """
+    run = Run(folder)
+    found = list(sections(run))
+    files = _drawn(run.figures)
+    for stem, (png, svg) in files.items():
+        write_atomic(folder / study.FIGURES / f"{stem}.png", png)
+        write_atomic(folder / study.FIGURES / f"{stem}.svg", svg)
+    title = f"bkprune: {_subject(run)}"
+    lead = winner_line(run) if run.winner else "No search was run."
+    page = _page(run, found, files, title, lead)
+    write_atomic(folder / MARKDOWN, _markdown(found, title, lead).encode())
+    write_atomic(folder / HTML, page.encode())
+    return folder / HTML
+
+
+def _subject(run: Run) -> str:
+    models = run.evaluation.get("models", {})
+    model = models.get("teacher") or run.machine.get("model")
+    first = next(iter(run.record.get("stages", {}).values()), None)
+    name = model or (first["words"][0] if first else run.folder.resolve().name)
+    return Path(str(name)).name
+
+
+def _drawn(figures: Mapping[str, Figure]) -> dict[str, tuple[bytes, bytes]]:
+    """PNG and SVG of every figure; two at a time, because drawing is most of the work."""
+    names = list(figures)
+    if len(names) < 2:
+        return {name: png_and_svg(figures[name]) for name in names}
+    with ProcessPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(png_and_svg, figures.values()), strict=True))
+
+
+# --- HTML ------------------------------------------------------------------------------------
+
+
+def _page(
+    run: Run,
+    found: list[Section],
+    files: Mapping[str, tuple[bytes, bytes]],
+    title: str,
+    lead: str,
+) -> str:
+    loader = jinja2.FileSystemLoader(_ASSETS)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("report.html")
+    shown = [
+        {
+            **asdict(section),
+            "front": _json(section.front) if section.front else "",
+            "figures": [
+                figure
+                for stem, caption in section.figures
+                if (figure := _inline(run, files, stem, caption)) is not None
+            ],
+        }
+        for section in found
+    ]
+    page: str = template.render(
+        title=title,
+        lead=lead,
+        sections=shown,
+        css=(_ASSETS / "report.css").read_text(encoding="utf-8"),
+        js=(_ASSETS / "report.js").read_text(encoding="utf-8"),
+        footer=f"Made by bkprune {bkprune.__version__} from the tables beside this page.",
+    )
+    return page
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _inline(
+    run: Run, files: Mapping[str, tuple[bytes, bytes]], stem: str, caption: str
+) -> dict[str, str] | None:
+    if stem in files:
+        kind, data = "svg+xml", files[stem][1]
+    else:
+        path = run.folder / stem
+        if not path.is_file():
+            return None
+        kind, data = "png", path.read_bytes()
+    return {"kind": kind, "data": base64.b64encode(data).decode(), "caption": caption}
+
+
+# --- Markdown --------------------------------------------------------------------------------
+
+
+def _markdown(found: list[Section], title: str, lead: str) -> str:
+    lines = [f"# {_plain(title)}", "", _plain(lead), ""]
+    for section in found:
+        lines += [f"## {section.title}", ""]
+        if section.missing:
+            lines += [f"*{section.missing}*", ""]
+        for words in section.words:
+            lines += [_plain(words), ""]
+        for table in section.tables:
+            lines += [_row(table.columns), _row(_rules(len(table.columns), table.numeric))]
+            lines += [*map(_row, table.rows), ""]
+        for stem, caption in section.figures:
+            path = stem if stem.endswith(".png") else f"{study.FIGURES}/{stem}.png"
+            lines += [f"![{_plain(caption)}]({path})", ""]
+        for code in section.code:
+            lines += [*(f"    {line}" for line in code.splitlines()), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rules(n: int, numeric: Any) -> list[str]:
+    return ["---:" if i in numeric else "---" for i in range(n)]
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(_plain(str(cell)).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """Markdown renderers take HTML: what comes from outside must not be any."""
+    return str(escape(" ".join(text.split()))).replace("&#39;", "'").replace("&#34;", '"')
