@@ -198,7 +198,10 @@ def evaluate(
         from bkprune.models import Parts
         from bkprune.protocols import CHOICES, PROTOCOLS
 
-        name = protocol or ("emoji" if "emoji" in (teacher, *models) else "own")
+        named = _labelled([m for m in models if m != teacher])
+        origin = _labelled([teacher])[0] if teacher else None
+        is_built_in = "emoji" in {path for _, path in (*named, *((origin,) if origin else ()))}
+        name = protocol or ("emoji" if is_built_in else "own")
         chosen = PROTOCOLS[choice("--protocol", name, tuple(PROTOCOLS))]
         if safety_checker is not None:
             chosen = replace(chosen, keeps_checker=safety_checker)
@@ -224,8 +227,8 @@ def evaluate(
         if n is not None and n < 1:
             raise ValueError(f"--n {n}: at least one picture")
         asked = Asked(
-            models=_labelled([m for m in models if m != teacher]),
-            teacher=_labelled([teacher])[0] if teacher else None,
+            models=named,
+            teacher=origin,
             out=out,
             protocol=chosen,
             sampling=sampling,

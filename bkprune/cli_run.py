@@ -82,9 +82,7 @@ def _all(
         )
         if code:
             if code != 130:
-                notice(
-                    f"bkprune: {place} failed; `bkprune run` goes on from there once it is mended"
-                )
+                notice(f"bkprune: {place} failed; once mended, `bkprune run` goes on from there")
             raise typer.Exit(code)
         record.finish(stage, time.monotonic() - start)
 

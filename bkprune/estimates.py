@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from bkprune.stages import Stage
 from bkprune.studyfile import StudyFile
@@ -58,8 +59,10 @@ def _seconds_per_row(model: str) -> tuple[float, int] | None:
 
     from bkprune.blocks import Inventory
     from bkprune.calibration import noise_conditions, noise_latents
-    from bkprune.models import load
+    from bkprune.models import BUILT_IN, load
 
+    if model not in BUILT_IN and not Path(model).exists():
+        return None  # nothing is downloaded to make a guess
     try:
         unet = load(model).unet
     except ValueError:

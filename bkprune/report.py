@@ -9,14 +9,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import escape
-from matplotlib.figure import Figure
 
 import bkprune
 from bkprune import study
@@ -37,7 +35,7 @@ def build(folder: Path) -> Path:
     """
     run = Run(folder)
     found = list(sections(run))
-    files = _drawn(run.figures)
+    files = {stem: png_and_svg(figure) for stem, figure in run.figures.items()}
     for stem, (png, svg) in files.items():
         write_atomic(folder / study.FIGURES / f"{stem}.png", png)
         write_atomic(folder / study.FIGURES / f"{stem}.svg", svg)
@@ -55,15 +53,6 @@ def _subject(run: Run) -> str:
     first = next(iter(run.record.get("stages", {}).values()), None)
     name = model or (first["words"][0] if first else run.folder.resolve().name)
     return Path(str(name)).name
-
-
-def _drawn(figures: Mapping[str, Figure]) -> dict[str, tuple[bytes, bytes]]:
-    """PNG and SVG of every figure; two at a time, because drawing is most of the work."""
-    names = list(figures)
-    if len(names) < 2:
-        return {name: png_and_svg(figures[name]) for name in names}
-    with ProcessPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(png_and_svg, figures.values()), strict=True))
 
 
 # --- HTML ------------------------------------------------------------------------------------

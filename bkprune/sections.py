@@ -201,8 +201,8 @@ def _prediction(run: Run) -> Section:
         return out
     found = accuracy(run.validation)
     out.words.append(
-        f"{len(run.validation)} masks were measured whole: mean error {found['mape_percent']:.1f} %, "
-        f"Spearman {found['spearman']:.3f}."
+        f"{len(run.validation)} masks were measured whole: mean error "
+        f"{found['mape_percent']:.1f} %, Spearman {found['spearman']:.3f}."
     )
     figure = plots_cost.validation_figure(run.validation, found)
     caption = "Sum of blocks against the whole net, measured in the same rounds."

@@ -89,7 +89,7 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
         if "distill" in options:
             done = training / "distilled" / "mask.json"
             trained = (str(pruned), "--teacher", model, "--out", str(training))
-            add("distill", trained, (record,), (done, training / "run.json"), name, training)
+            add("distill", trained, (record,), (done, training / "distill.json"), name, training)
             judged.append(f"{name} distilled={training / 'distilled'}")
             seen.append(done)
     if "evaluate" in options:

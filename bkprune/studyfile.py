@@ -115,9 +115,10 @@ def read(
         complaint = parse(command, list(given))
         if complaint is not None:
             raise ValueError(f"{path}: [{command}] {complaint}")
-    for before, after in (("prune", "distill"), ("search", "prune")):
-        if after in words and before not in words:
-            raise ValueError(f"{path}: [{after}] needs [{before}]")
+    if "distill" in words and "prune" not in words:
+        raise ValueError(f"{path}: [distill] needs [prune]")
+    if "prune" in words and "search" not in words and not compare:
+        raise ValueError(f"{path}: [prune] needs [search], or masks to compare")
     if compare and "prune" not in words:
         raise ValueError(f"{path}: compare needs [prune]")
     parts = tuple(
