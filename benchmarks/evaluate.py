@@ -57,7 +57,7 @@ def ours(prompts: list[str], n: int, *, together: bool) -> list[Any]:
     generation = Generation("emoji", "emoji", tuple(prompts), settings)
     with tempfile.TemporaryDirectory() as inside:
         folder = PictureFolder(Path(inside) / "pictures", {})
-        fill(generation, folder, n, len(os.sched_getaffinity(0)))
+        fill([(generation, folder)], n, len(os.sched_getaffinity(0)))
         return [folder.load(i) for i in range(n)]
 
 

@@ -15,7 +15,10 @@ from bkprune import plots_eval
 from bkprune.cost import CONVENTIONS
 from bkprune.evidence import Run, Section, Table
 
-_QUALITY = ("fid", "is", "clip_score", "frechet_clip", "output_error", "lpips", "psnr", "s_unet")
+_QUALITY = ("fid", "is", "clip_score", "frechet_clip", "output_error", "s_unet")
+_COST = ("model", "blocks", "params, M", "MACs, G", "predicted ms", "output error")
+_JUDGED = ("clip_score", "frechet_clip", "fid")
+_OPPOSITE = {"better": "worse", "worse": "better", "same": "same"}
 
 
 def comparison(run: Run) -> Section:
@@ -25,14 +28,10 @@ def comparison(run: Run) -> Section:
     if not rows:
         out.missing = "Nothing was profiled, searched or evaluated."
         return out
-    frame = pd.DataFrame(rows).dropna(axis=1, how="all").fillna("")
-    columns = [str(c) for c in frame.columns]
-    cells = [[str(cell) for cell in row] for row in frame.itertuples(index=False)]
-    strong = [i for i, row in enumerate(cells) if row[0] == "winner"]
-    out.tables.append(Table(columns, cells, tuple(range(1, len(columns))), "", strong))
+    out.tables.append(_table(rows, _COST))
     out.words.append(
         "MACs are those of one U-Net step, batch 1: "
-        + "; ".join(f"`{name}`: {words}" for name, words in CONVENTIONS.items())
+        + "; ".join(f"{name}: {words}" for name, words in CONVENTIONS.items())
         + ". Predicted latency is the sum of what blocks were measured to take; output error is "
         "E||eps - eps_teacher||^2 on samples that the search has not seen, before any retraining."
     )
@@ -41,12 +40,23 @@ def comparison(run: Run) -> Section:
             "Quality is given before → after distillation, ± the bootstrap's standard error over "
             "prompts. " + _verdicts(run)
         )
+        judged = [row for row in rows if any(v for k, v in row.items() if k not in _COST)]
+        columns = ("model", *(k for row in judged for k in row if k not in _COST))
+        out.tables.append(_table(judged, tuple(dict.fromkeys(columns))))
         figure = plots_eval.quality(_text_to_image(run.quality))
         caption = "Every model on the same prompts and seeds, with 95 % intervals."
         out.figures.append(run.draw("quality", figure, caption))
     else:
         out.words.append("No pictures were evaluated.")
     return out
+
+
+def _table(rows: list[dict[str, Any]], names: tuple[str, ...]) -> Table:
+    frame = pd.DataFrame(rows, columns=list(names)).dropna(axis=1, how="all").fillna("")
+    columns = [str(c) for c in frame.columns]
+    cells = [[str(cell) for cell in row] for row in frame.itertuples(index=False)]
+    strong = [i for i, row in enumerate(cells) if row[0] == "winner"]
+    return Table(columns, cells, tuple(range(1, len(columns))), "", strong)
 
 
 def _model_rows(run: Run) -> Iterator[dict[str, Any]]:
@@ -167,12 +177,19 @@ def _verdicts(run: Run) -> str:
     """What the paired differences say of the winner after distillation."""
     if run.differences is None:
         return ""
-    rows = run.differences[run.differences["a"] == "winner distilled"]
     words = []
-    for row in rows.to_dict("records"):
-        if row["metric"] in ("clip_score", "frechet_clip", "fid") and row["b"] != "teacher":
-            metric = str(row["metric"]).replace("_", " ")
-            span = f"{row['a_minus_b']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g})"
-            words.append(f"{row['a_is']} than {row['b']} in {metric}, {span}")
+    for row in run.differences.to_dict("records"):
+        pair = (row["a"], row["b"])
+        if row["metric"] not in _JUDGED or "winner distilled" not in pair or "teacher" in pair:
+            continue
+        is_first = pair[0] == "winner distilled"
+        sign, other = (1, pair[1]) if is_first else (-1, pair[0])
+        apart = sign * float(row["a_minus_b"])
+        low, high = sorted(sign * float(row[end]) for end in ("low", "high"))
+        verdict = str(row["a_is"]) if is_first else _OPPOSITE[str(row["a_is"])]
+        metric = str(row["metric"]).replace("_", " ")
+        words.append(
+            f"{verdict} than {other} in {metric}, {apart:+.3g} ({low:+.3g} to {high:+.3g})"
+        )
     text = "; ".join(words).replace("same than", "no different from")
     return f"The distilled winner, paired, with 95 % intervals: {text}." if words else ""

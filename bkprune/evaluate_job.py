@@ -158,13 +158,12 @@ class Job:
         from bkprune.generation import fill
         from bkprune.study import PICTURES
 
-        subjects = []
+        into = self.asked.out / PICTURES
+        folders = [made.folder(into, made.manifest()) for made in generations]
         with progress_bar(self.quiet) as progress:
-            for generation in generations:
-                manifest = generation.manifest()
-                folder = generation.folder(self.asked.out / PICTURES, manifest)
-                fill(generation, folder, self.n, self.asked.workers, progress)
-                subjects.append(Subject(generation.label, folder))
+            pairs = list(zip(generations, folders, strict=True))
+            fill(pairs, self.n, self.asked.workers, progress)
+        subjects = [Subject(made.label, folder) for made, folder in pairs]
         _wait_for_everyone()
         return subjects
 

@@ -163,37 +163,41 @@ def groups_of(missing: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(range(g * batch_size, (g + 1) * batch_size)) for g in wanted]
 
 
+Part = tuple[Generation, PictureFolder, list[list[int]]]
+
+
 def fill(
-    generation: Generation,
-    folder: PictureFolder,
+    generations: Sequence[tuple[Generation, PictureFolder]],
     n: int,
     n_workers: int = 1,
     progress: Progress = lambda done, total, what: None,
 ) -> None:
-    """Draw what is missing of the first n pictures.
+    """Draw what is missing of the first n pictures of every model.
 
     Under `accelerate launch` every process takes its share of the numbers; otherwise `n_workers`
     processes of this machine do, with one thread each where there is more than one.
     """
-    missing = folder.missing(n)
-    groups = groups_of(missing, generation.settings.batch_size)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        groups = [group for group in groups if (group[0] // len(group)) % world == rank]
-    what = f"drawing {generation.label}"
-    if not groups:
-        return
-    before = n - len(missing)
+    parts: list[Part] = []
+    before = []
+    for generation, folder in generations:
+        missing = folder.missing(n)
+        groups = groups_of(missing, generation.settings.batch_size)
+        if world > 1:
+            groups = [group for group in groups if (group[0] // len(group)) % world == rank]
+        if groups:
+            parts.append((generation, folder, groups))
+            before.append(n - len(missing))
 
-    def told(done: int) -> None:
-        progress(min(before + done, n), n, what)
+    def told(part: int, done: int) -> None:
+        progress(min(before[part] + done, n), n, f"drawing {parts[part][0].label}")
 
-    if n_workers == 1 or len(groups) == 1:
-        done = 0
-        for done in _draw_groups(generation, folder, groups, n):
-            told(done)
+    if n_workers == 1 or sum(len(groups) for _, _, groups in parts) < 2:
+        for i, (generation, folder, groups) in enumerate(parts):
+            for done in _draw_groups(generation, folder, groups, n):
+                told(i, done)
     else:
-        _in_workers(generation, folder, groups, n, n_workers, told)
+        _in_workers(parts, n, n_workers, told)
 
 
 def _draw_groups(
@@ -201,6 +205,8 @@ def _draw_groups(
 ) -> Iterator[int]:
     """Yields how many pictures are written. Too large for the memory: half as many at a time."""
     done = 0
+    if not groups:
+        return
     with generation.painter() as paint:
         for group in groups:
             numbers = [i for i in group if i < n or not generation.settings.is_exact]
@@ -229,32 +235,35 @@ def _painted(paint: Callable[[Sequence[int]], Drawn], numbers: Sequence[int]) ->
 
 
 def _in_workers(
-    generation: Generation,
-    folder: PictureFolder,
-    groups: list[list[int]],
-    n: int,
-    n_workers: int,
-    told: Callable[[int], None],
+    parts: list[Part], n: int, n_workers: int, told: Callable[[int, int], None]
 ) -> None:
+    """Every process takes every n-th group of each model, one model after the other."""
     context = multiprocessing.get_context("spawn")
-    counter, troubles = context.Value("l", 0), context.SimpleQueue()
+    counters, troubles = context.Array("l", len(parts)), context.SimpleQueue()
     workers = [
         context.Process(
             target=_work,
-            args=(generation, folder, groups[k::n_workers], n, counter, troubles, os.getpid()),
+            args=(
+                [(made, folder, groups[k::n_workers]) for made, folder, groups in parts],
+                n,
+                counters,
+                troubles,
+                os.getpid(),
+            ),
             daemon=True,
         )
-        for k in range(min(n_workers, len(groups)))
+        for k in range(n_workers)
     ]
     try:
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers):
             time.sleep(0.2)
-            told(counter.value)
+            for i, done in enumerate(counters[:]):
+                if done:
+                    told(i, done)
             if any(worker.exitcode for worker in workers):
                 break
-        told(counter.value)
         if not troubles.empty():
             raise ValueError(troubles.get())
         bad = [worker.exitcode for worker in workers if worker.exitcode]
@@ -269,26 +278,19 @@ def _in_workers(
             worker.join()
 
 
-def _work(
-    generation: Generation,
-    folder: PictureFolder,
-    groups: list[list[int]],
-    n: int,
-    counter: Any,
-    troubles: Any,
-    parent: int,
-) -> None:
+def _work(parts: list[Part], n: int, counters: Any, troubles: Any, parent: int) -> None:
     """One process: its share of the groups, on one thread, until they are done or nobody waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     torch.set_num_threads(1)
     try:
-        before = 0
-        for done in _draw_groups(generation, folder, groups, n):
-            with counter.get_lock():
-                counter.value += done - before
-            before = done
-            if os.getppid() != parent:
-                return
+        for i, (generation, folder, groups) in enumerate(parts):
+            before = 0
+            for done in _draw_groups(generation, folder, groups, n):
+                with counters.get_lock():
+                    counters[i] += done - before
+                before = done
+                if os.getppid() != parent:
+                    return
     except (ValueError, OSError, MemoryError) as error:
         troubles.put(str(error))
         raise SystemExit(1) from None

@@ -15,7 +15,7 @@ _COLOURS = {"loss_task": "#9aa5b1", "loss_output": "#3b6fb6", "loss_feature": "#
 
 def curves(log: pd.DataFrame) -> Figure:
     """Task, output and feature loss over steps: every step faint, their running mean strong."""
-    names = [name for name in _COLOURS if name in log.columns]
+    names = [name for name in _COLOURS if name in log.columns and (log[name] > 0).any()]
     figure = Figure(figsize=(3.6 * len(names), 3.2), layout="constrained")
     window = max(len(log) // 40, 1)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

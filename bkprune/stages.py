@@ -82,7 +82,10 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
         pruned, training = folder / "pruned", folder / "distillation"
         reads = [winner] if name == "winner" else []
         record = pruned / "mask.json"
-        words = (model, "--mask", mask, "--out", str(pruned))
+        words = [model, "--mask", mask, "--out", str(pruned)]
+        if "profile" in options:
+            words += ["--cost", str(cost)]
+            reads.append(cost)
         add("prune", words, reads, (record,), name)
         judged.append(f"{name} pruned={pruned}")
         seen.append(record)

@@ -51,7 +51,7 @@ def drawn(folder: Path) -> dict[str, bytes]:
 
 def made(folder: Path, generation: Generation, n: int, n_workers: int = 1) -> dict[str, bytes]:
     pictures = generation.folder(folder, generation.manifest())
-    fill(generation, pictures, n, n_workers)
+    fill([(generation, pictures)], n, n_workers)
     return drawn(pictures.folder)
 
 
@@ -84,7 +84,7 @@ def test_a_picture_is_what_the_pipeline_alone_draws(
 ) -> None:
     pipeline = load("emoji")
     pictures = generation().folder(tmp_path, generation().manifest())
-    fill(generation(), pictures, 4)
+    fill([(generation(), pictures)], 4)
     alone = pipeline(
         PROMPTS[0],
         num_inference_steps=3,
@@ -97,10 +97,10 @@ def test_a_picture_is_what_the_pipeline_alone_draws(
 
 def test_what_is_missing_is_drawn_and_nothing_else(seven: dict[str, bytes], tmp_path: Path) -> None:
     pictures = generation().folder(tmp_path, generation().manifest())
-    fill(generation(), pictures, 5)
+    fill([(generation(), pictures)], 5)
     pictures.path(2).unlink()
     kept = pictures.path(1).stat().st_mtime_ns
-    fill(generation(), pictures, 7)
+    fill([(generation(), pictures)], 7)
     assert drawn(pictures.folder) == seven
     assert pictures.path(1).stat().st_mtime_ns == kept
 
@@ -111,9 +111,9 @@ def test_together_the_batch_stays_whole_whatever_is_missing(tmp_path: Path) -> N
     together = generation(settings=replace(EXACT, is_exact=False, batch_size=4))
     whole = made(tmp_path / "a", together, 6)
     pictures = together.folder(tmp_path / "b", together.manifest())
-    fill(together, pictures, 6)
+    fill([(together, pictures)], 6)
     pictures.path(4).unlink()
-    fill(together, pictures, 6)
+    fill([(together, pictures)], 6)
     assert drawn(pictures.folder) == whole
 
 
@@ -124,7 +124,7 @@ def test_sharing_by_rank_leaves_nothing_out(
     pictures = generation().folder(tmp_path, generation().manifest())
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        fill(generation(), pictures, 7)
+        fill([(generation(), pictures)], 7)
         assert len(drawn(pictures.folder)) == [3, 5, 7][rank]
     assert drawn(pictures.folder) == seven
 
