@@ -6,14 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format bench teacher clean
 
 demo: $(VENV)/.installed
-	$(BIN)/bkprune analyze emoji --out demo
-	$(BIN)/bkprune profile emoji --out demo --validate 20 --max-seconds 20
-	$(BIN)/bkprune search emoji --out demo --budget 'latency<=0.6x' --trials 60
-	$(BIN)/bkprune prune emoji --mask demo/winner.json --out demo/pruned
-	$(BIN)/bkprune distill demo/pruned --teacher emoji --out demo/distillation --steps 150 \
-		--batch-size 32 --lr 1e-3 --schedule cosine --preview-every 150 --preview-guidance 3
-	@echo "The winner: demo/pruned/README.md. Its pictures, teacher, pruned and distilled:"
-	@echo "demo/distillation/previews. Tables and figures: demo/*.csv, demo/figures."
+	$(BIN)/bkprune run studies/emoji --out demo
+	@echo "Everything on one page: $$(pwd)/demo/report.html"
 
 # Two tests at a time, one thread each: twice as fast as one test with two threads.
 test: $(VENV)/.installed-dev lint
@@ -33,6 +27,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/latency_methods.py
 	$(BIN)/python benchmarks/search.py --out build/search
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/evaluate.py
 
 # Hours on two cores; every stage resumes where it stopped.
 teacher: $(VENV)/.installed-dev

@@ -197,6 +197,7 @@ def test_top_level_is_as_agreed() -> None:
         ".gitignore",
         ".pre-commit-config.yaml",
         "CHANGELOG.md",
+        "CITATION.cff",
         "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",

@@ -1,0 +1,65 @@
+"""Every command in the README and the docs is one that the commands take."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from bkprune.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"^ {4}((?:accelerate launch -m bkprune\.cli|bkprune) .*)$", re.M)
+INLINE = re.compile(r"`(bkprune [a-z]+(?: [^`]*)?)`")
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found += [(page.name, line) for line in COMMAND.findall(text)]
+        inline = [" ".join(line.split()) for line in INLINE.findall(text)]
+        found += [(page.name, line) for line in inline if " --" in line]
+    return found
+
+
+def parsed(line: str) -> Any:
+    """The context that typer makes of a command line; raises what a user would see."""
+    words = shlex.split(line, comments=True)
+    words = words[4:] if words[0] == "accelerate" else words[1:]
+    root: Any = typer.main.get_command(app)
+    if words[0].startswith("--"):
+        return root.make_context("bkprune", words)
+    return root.commands[words[0]].make_context(words[0], words[1:])
+
+
+def test_there_are_many() -> None:
+    assert len(commands()) > 30
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_every_command_parses(page: str, line: str) -> None:
+    if "..." in shlex.split(line, comments=True) or line.endswith("COMMAND --help"):
+        return
+    try:
+        parsed(line)
+    except typer.Exit:  # --help and the like
+        return
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_a_wrong_option_would_be_seen() -> None:
+    with pytest.raises(Exception, match="No such option: --buget"):
+        parsed("bkprune search MODEL --buget 'macs<=0.5x'")
