@@ -7,8 +7,10 @@ in a folder or a zip, and says by file and line what is wrong with one. It does 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -100,8 +102,13 @@ class _Store:
             raise ValueError(f"{self.source}: file name {name!r} leaves the folder; refused")
         if self.source.is_dir():
             return (self.source / name).read_bytes()
-        with zipfile.ZipFile(self.source) as archive:
-            return archive.read(name)
+        return _archive(self.source, self.source.stat().st_mtime_ns, os.getpid()).read(name)
+
+
+@functools.lru_cache(maxsize=4)
+def _archive(source: Path, changed: int, process: int) -> zipfile.ZipFile:
+    """Opened once a process: reading a zip's directory takes longer than reading a picture."""
+    return zipfile.ZipFile(source)
 
 
 def read_pairs(source: Path) -> Pairs:

@@ -20,6 +20,7 @@ from bkprune.study import digest, write_atomic
 from bkprune.studyfile import StudyFile
 
 RECORD, FORMAT = "run.json", 1
+_CACHE = "cache.json"
 _RUN, _STUDY = "{run}", "{study}"
 MODEL = "model"  # stands for the files of the model among what a stage reads
 _GROWS = frozenset(("--trials", "--timeout"))  # more of it goes on with what is there
@@ -50,6 +51,7 @@ class Stage:
 def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
     """All stages of a study in their order; the report is the last."""
     model, options = asked.model, asked.options
+    own = dict(options)
     out: list[Stage] = []
 
     def add(
@@ -61,7 +63,7 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
         folder: Path | None = None,
     ) -> None:
         name = f"{command} {about}".strip()
-        given = (*words, *options[command], *_parts(command, asked.parts))
+        given = (*words, *own.get(command, ()), *_parts(command, asked.parts))
         out.append(Stage(name, command, given, tuple(reads), tuple(writes), folder))
 
     in_run = ("--out", str(run))
@@ -78,6 +80,12 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
     masks += [(name, name, run / "compared" / name) for name in asked.compare]
     judged: list[str] = []
     seen: list[Path] = []
+    cached = run / "cache" / _CACHE
+    source, others = _split(options.get("distill", ()), ("--data", "--split"))
+    is_cached = any((Path(word) / _CACHE).exists() for word in source)
+    if "distill" in options and len(masks) > 1 and not is_cached:  # encoded once for all students
+        own |= {"cache": source, "distill": (*others, "--data", str(cached.parent))}
+        add("cache", (model, "--out", str(cached.parent)), (), (cached,), "", cached.parent)
     for name, mask, folder in masks if "prune" in options else []:
         pruned, training = folder / "pruned", folder / "distillation"
         reads = [winner] if name == "winner" else []
@@ -92,7 +100,8 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
         if "distill" in options:
             done = training / "distilled" / "mask.json"
             trained = (str(pruned), "--teacher", model, "--out", str(training))
-            add("distill", trained, (record,), (done, training / "distill.json"), name, training)
+            known = [record, cached] if "cache" in own else [record]
+            add("distill", trained, known, (done, training / "distill.json"), name, training)
             judged.append(f"{name} distilled={training / 'distilled'}")
             seen.append(done)
     if "evaluate" in options:
@@ -103,6 +112,18 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
     every = dict.fromkeys(path for stage in out for path in stage.writes)
     out.append(Stage("report", "report", (str(run),), tuple(every), (run / "report.html",)))
     return out
+
+
+def _split(words: Sequence[str], names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options of these names with their values, and the other words."""
+    taken: list[str] = []
+    left: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        (taken if word in names else left).append(word)
+        if word in names:
+            taken.append(next(rest))
+    return tuple(taken), tuple(left)
 
 
 def _parts(command: str, parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -244,7 +265,14 @@ def _options(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _content(path: Path) -> str:
-    return digest(path.read_bytes().hex()) if path.exists() else "missing"
+    """A hash of a file; what a mask costs is no part of the student that it makes."""
+    if not path.exists():
+        return "missing"
+    data = path.read_bytes()
+    if path.name == "mask.json":
+        told = json.loads(data)
+        return digest({name: value for name, value in told.items() if name != "cost"})
+    return digest(data.hex())
 
 
 def model_key(model: str) -> str:

@@ -110,7 +110,7 @@ def test_everything_is_there_and_a_second_run_does_nothing(finished: Path) -> No
     before = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.csv")}
     again = run("run", finished, "--quiet")
     assert again.exit_code == 0
-    assert again.stderr.count("up to date") == 9
+    assert again.stderr.count("up to date") == 10
     assert {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.csv")} == before
     assert "everything is up to date" in run("run", finished, "--dry-run").stdout
 
@@ -125,6 +125,7 @@ def test_one_setting_redoes_what_depends_on_it_and_says_why(finished: Path, tmp_
         "analyze": "up to date",
         "profile": "up to date",
         "search": "up to date",
+        "cache": "up to date",
         "prune winner": "up to date",
         "distill winner": "--lr was 0.001, now 0.002",
         "prune bk-sdm-tiny": "up to date",
@@ -175,7 +176,7 @@ def test_a_failed_stage_stops_the_run_and_is_named(finished: Path, tmp_path: Pat
     (study / "study.toml").write_text(text.replace('"macs<=0.7x"', '"macs<=0.001x"'))
     result = run("run", study, "--quiet")
     assert result.exit_code in (2, 3)
-    assert "[3/9] search failed; once mended, `bkprune run` goes on from there" in result.stderr
+    assert "[3/10] search failed; once mended, `bkprune run` goes on from there" in result.stderr
 
 
 def test_a_run_of_a_newer_version_is_left_alone(finished: Path, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_init_writes_a_study_that_can_be_planned(tmp_path: Path) -> None:
     assert run("init", tmp_path / "new").exit_code == 0
     result = run("run", tmp_path / "new", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "9 of 9 stages to do, about" in result.stdout
+    assert "10 of 10 stages to do, about" in result.stdout
     refused(run("init", tmp_path / "new"), "study.toml", "is there already")
     assert run("init", tmp_path / "other", "--model", 'a"b\\c').exit_code == 0
     assert 'model = "a\\"b\\\\c"' in (tmp_path / "other" / "study.toml").read_text()

@@ -184,7 +184,13 @@ def report() -> None:
     rows.to_csv(REPORT / "results.csv", index=False, float_format="%.6g")
     (REPORT / "grid.png").write_bytes(grid(load("emoji", dtype=torch.float32)))
     text = (HERE / "report.md").read_text(encoding="utf-8")
-    (REPORT / "README.md").write_text(text.replace("TABLE", table(rows)), encoding="utf-8")
+    for mark, found in (
+        ("TABLE", table(rows)),
+        ("EVALUATION", evaluation()),
+        ("PAIRS", pairs(rows)),
+    ):
+        text = text.replace(mark, found)
+    (REPORT / "README.md").write_text(text, encoding="utf-8")
 
 
 def grid(teacher: Any) -> bytes:
@@ -232,6 +238,50 @@ def evaluate() -> None:
         shutil.copy(out / name, REPORT / name)
     shutil.copy(out / "grid-text-to-image.png", REPORT / "evaluation.png")
     shutil.copy(out / "figures" / "quality-text-to-image.png", REPORT / "quality.png")
+
+
+def evaluation() -> str:
+    """The thousand pictures' metrics as a table."""
+    rows = pd.read_csv(REPORT / "eval.csv")
+    columns = {
+        "frechet_clip": "Frechet distance, CLIP",
+        "clip_score": "CLIP score",
+        "psnr": "PSNR, dB",
+        "ssim": "SSIM",
+        "output_error": "output error",
+    }
+    lines = [
+        f"| model | {' | '.join(columns.values())} |",
+        "| --- " + "| ---: " * len(columns) + "|",
+    ]
+    for model, group in rows.groupby("model", sort=False):
+        found = group.set_index("metric")
+        cells = []
+        for name in columns:
+            known = name in found.index
+            value = found.loc[name] if known else None
+            cells.append(
+                f"{value['value']:.4g} ± {value['stderr']:.2g}" if value is not None else ""
+            )
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pairs(rows: pd.DataFrame) -> str:
+    """In how many of all comparisons kd was not ahead of task."""
+    table = rows.pivot(
+        index=["model", "seed"],
+        columns="how",
+        values=["output_error", "clip_score", "frechet_clip"],
+    )
+    wins = [
+        table["output_error"]["kd"] < table["output_error"]["task"],
+        table["clip_score"]["kd"] > table["clip_score"]["task"],
+        table["frechet_clip"]["kd"] < table["frechet_clip"]["task"],
+    ]
+    compared = [w[table["clip_score"]["kd"].notna()] for w in wins]
+    n = sum(len(w) for w in compared)
+    return f"{n - sum(int(w.sum()) for w in compared)} of {n} comparisons"
 
 
 def table(rows: pd.DataFrame) -> str:
