@@ -1,6 +1,6 @@
 """A step of distillation, ours against a plain transcription of BK-SDM's script.
 
-    python benchmarks/distill.py --rounds 30
+    python benchmarks/distill.py --rounds 30 --compiled
 
 The plain step does what the published script does: VAE and text encoder in every step, the teacher
 in the precision of training, outputs kept by hooks, contiguous layout. Ours reads the cache, runs
@@ -103,7 +103,9 @@ class Plain:
         loss.item()
 
 
-def ours(pipeline: Any, unet: Any, batch_size: int, device: str, folder: Path) -> Step:
+def ours(
+    pipeline: Any, unet: Any, batch_size: int, device: str, folder: Path, *, compiled: bool
+) -> Step:
     pairs = read_pairs(BUILT_IN["emoji"] / "pairs.zip").split("train").subset(range(N_PAIRS))
     examples = ((pairs.image(i, 64), c) for i, c in enumerate(pairs.captions))
     fill(folder, pipeline, examples, "benchmark", CacheSettings(64))
@@ -115,7 +117,7 @@ def ours(pipeline: Any, unet: Any, batch_size: int, device: str, folder: Path) -
         taps(Inventory.of(pipeline.unet), found.plan, modules),
         Cache(folder),
         DDPMScheduler.from_config(pipeline.scheduler.config),
-        DistillSettings(batch_size=batch_size),
+        DistillSettings(batch_size=batch_size, compile=compiled),
         Accelerator(cpu=device == "cpu"),
     )
     run._prepare()
@@ -139,7 +141,8 @@ def prepared(which: str, options: argparse.Namespace, folder: Path) -> Step:
     unet = own_student(pipeline)
     if which == "plain":
         return Plain(pipeline, unet, options.batch_size, options.device)
-    return ours(pipeline, unet, options.batch_size, options.device, folder)
+    compiled = which == "compiled"
+    return ours(pipeline, unet, options.batch_size, options.device, folder, compiled=compiled)
 
 
 def peak_mb(which: str, options: argparse.Namespace) -> float:
@@ -153,7 +156,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=["plain", "ours"])
+    parser.add_argument("--only", choices=["plain", "ours", "compiled"])
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if options.only:
@@ -164,7 +168,8 @@ def main() -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(json.dumps({"peak_mb": peak * 1024 / 1e6, "before_mb": before * 1024 / 1e6}))
             return
-        steps = {w: prepared(w, options, Path(name) / w) for w in ("plain", "ours")}
+        ways = ("plain", "ours", *(("compiled",) if options.compiled else ()))
+        steps = {w: prepared(w, options, Path(name) / w) for w in ways}
         times: dict[str, list[float]] = {which: [] for which in steps}
         for i in range(options.rounds + 2):
             for which in list(steps) if i % 2 else list(steps)[::-1]:
@@ -172,19 +177,19 @@ def main() -> None:
                 steps[which]()
                 if i >= 2:
                     times[which].append(time.perf_counter() - start)
-    ratios = sorted(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
     print(f"emoji, batch {options.batch_size}, {options.device}, {torch.get_num_threads()} threads")
     print(f"torch {torch.__version__}, {platform.machine()}, {options.rounds} alternating rounds")
     for which, seconds in times.items():
         middle = sorted(seconds)[len(seconds) // 2]
         print(
-            f"{which:6} {middle:.3f} s a step, {options.batch_size / middle:.1f} images/s, "
+            f"{which:8} {middle:.3f} s a step, {options.batch_size / middle:.1f} images/s, "
             f"peak {peak_mb(which, options):,.0f} MB"
         )
-    n = len(ratios)
-    print(
-        f"ours is {ratios[n // 2]:.2f}x as fast ({ratios[n // 10]:.2f} .. {ratios[-n // 10]:.2f})"
-    )
+    for which in list(times)[1:]:
+        ratios = sorted(a / b for a, b in zip(times["plain"], times[which], strict=True))
+        n = len(ratios)
+        low, middle, high = ratios[n // 10], ratios[n // 2], ratios[-n // 10]
+        print(f"{which} is {middle:.2f}x as fast ({low:.2f} .. {high:.2f})")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _before_after(quality: Mapping[str, dict[str, str]], name: str) -> dict[str,
         )
         if metric in ("s_unet", "output_error"):  # blocks cost the same before and after
             values = values[-1:]
-        out[label.replace("_", " ")] = " → ".join(values) or None
+        out[label.replace("_clip", " CLIP").replace("_", " ")] = " → ".join(values) or None
     return out
 
 

@@ -26,10 +26,10 @@ _DECADES = 4  # of a logarithmic colour scale; what is smaller is shown as the s
 _INCH = 0.62  # of a figure for one unit of the drawing
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as PNG bytes, the same for the same figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -40,7 +40,7 @@ def png_and_svg(figure: Figure) -> tuple[bytes, bytes]:
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "bkprune"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return png(figure), buffer.getvalue()
+    return png(figure, 110), buffer.getvalue()
 
 
 def unit_column(blocks: pd.DataFrame, units: pd.Series[Any]) -> str:
@@ -75,8 +75,12 @@ def plain(axes: Axes) -> None:
 def logarithmic(axis: Axis) -> None:
     """Decades with their twos and fives, as plain numbers: labels that do not run together."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(_as_plain_number))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _as_plain_number(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def size_of_u(blocks: pd.DataFrame, inch: float = _INCH) -> tuple[float, float]:

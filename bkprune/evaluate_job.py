@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,7 +80,7 @@ class Job:
         from bkprune.protocols import read
 
         self.asked, self.quiet = asked, quiet
-        self.prompts: Prompts = read(asked.prompts, asked.protocol)
+        self.prompts: Prompts = read(asked.prompts, asked.protocol, asked.n)
         self.n = asked.n or asked.protocol.n or len(self.prompts.texts)
         if asked.sampling.strength is not None and self.prompts.pairs is None:
             raise ValueError(
@@ -269,8 +267,7 @@ class Job:
             merged = _appended(out / name, table)
             study.write_atomic(out / name, merged.to_csv(index=False, float_format="%.6g").encode())
         told = {
-            "command": shlex.join(["bkprune", *sys.argv[1:]]),
-            "models": {g.label: g.model for g in generations},
+            "models": {g.label: _near(g.model, out) for g in generations},
             "pictures": {s.label: s.pictures.folder.name for s in subjects},
             "n": self.n,
             "prompts": {"from": self.prompts.words, "duplicates": self.prompts.n_duplicates},
@@ -299,6 +296,12 @@ class Job:
             rows[f"{i}: {self.prompts[i]}"] = torch.stack(pictures).permute(0, 3, 1, 2) / 255
         side = next(iter(rows.values())).shape[-1]
         return grid_png(rows, [s.label for s in subjects], scale=max(1, 96 // side), left=150)
+
+
+def _near(model: str, out: Path) -> str:
+    """A model's path as seen from the folder above `out`, where it lies below that."""
+    path, above = Path(model).resolve(), out.resolve().parent
+    return str(path.relative_to(above)) if path.is_relative_to(above) else model
 
 
 def _appended(path: Path, table: pd.DataFrame) -> pd.DataFrame:

@@ -109,9 +109,9 @@ class Run:
             values = pd.to_numeric(found[column], errors="coerce")
             if values.isna().any():
                 line = int(values.isna().to_numpy().argmax())
+                text = str(found[column].iloc[line])
                 raise ValueError(
-                    f"{path}, line {line + 2}: {column} is {found[column].iloc[line]!r}, where a "
-                    "number is expected"
+                    f"{path}, line {line + 2}: {column} is {text!r}, where a number is expected"
                 )
             found[column] = values
         for column in texts:

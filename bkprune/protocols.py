@@ -97,14 +97,19 @@ class Prompts:
         return len(self.texts) - len(Counter(self.texts))
 
 
-def read(source: str | None, protocol: Protocol) -> Prompts:
+def read(source: str | None, protocol: Protocol, n: int | None = None) -> Prompts:
     """Prompts of a file (.txt, .csv, .jsonl), of captioned pictures, or of the protocol.
+
+    The built-in captions lie by group, faces first: where fewer pictures than captions are asked
+    for, n captions evenly spread over all are taken.
 
     Raises:
         ValueError: nothing there, no column with captions, an empty caption.
     """
     if source is None and protocol.name == "emoji":
         held = read_pairs(BUILT_IN["emoji"] / "pairs.zip").split("heldout")
+        if n is not None and n < len(held):
+            held = held.subset([i * len(held) // n for i in range(n)])
         return Prompts(held.captions, held, "held-out captions of the built-in pairs")
     if source is None:
         what = "MS-COCO captions, e.g. metadata.csv" if protocol.name == "coco30k" else "prompts"

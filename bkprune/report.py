@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import base64
 import json
+import multiprocessing
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from markupsafe import escape
+from matplotlib.figure import Figure
 
 import bkprune
 from bkprune import study
@@ -24,7 +29,7 @@ from bkprune.sections import sections, winner_line
 from bkprune.study import write_atomic
 
 _ASSETS = Path(bkprune.__file__).parent / "assets" / "report"
-HTML, MARKDOWN = "report.html", "report.md"
+HTML, MARKDOWN, _MADE = "report.html", "report.md", "made.json"
 
 
 def build(folder: Path) -> Path:
@@ -35,10 +40,7 @@ def build(folder: Path) -> Path:
     """
     run = Run(folder)
     found = list(sections(run))
-    files = {stem: png_and_svg(figure) for stem, figure in run.figures.items()}
-    for stem, (png, svg) in files.items():
-        write_atomic(folder / study.FIGURES / f"{stem}.png", png)
-        write_atomic(folder / study.FIGURES / f"{stem}.svg", svg)
+    files = _drawn(folder / study.FIGURES, run.figures, _key(folder))
     title = f"bkprune: {_subject(run)}"
     lead = winner_line(run) if run.winner else "No search was run."
     page = _page(run, found, files, title, lead)
@@ -53,6 +55,35 @@ def _subject(run: Run) -> str:
     first = next(iter(run.record.get("stages", {}).values()), None)
     name = model or (first["words"][0] if first else run.folder.resolve().name)
     return Path(str(name)).name
+
+
+def _key(folder: Path) -> str:
+    """Changes with any table: figures of the same tables need not be drawn again."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix in (".csv", ".jsonl", ".json"))
+    tables = [p for p in found if p.name not in (_MADE, "run.json") and "pictures" not in p.parts]
+    digests = [study.digest([p.name, p.read_bytes().hex()]) for p in tables]
+    return study.digest([bkprune.__version__, matplotlib.__version__, digests])
+
+
+def _drawn(into: Path, figures: Mapping[str, Figure], key: str) -> dict[str, tuple[bytes, bytes]]:
+    """PNG and SVG of every figure, written; two at a time where nothing forbids to fork."""
+    places = {stem: (into / f"{stem}.png", into / f"{stem}.svg") for stem in figures}
+    made = into / _MADE
+    told = json.dumps({"key": key}) + "\n"
+    is_made = made.exists() and made.read_text(encoding="utf-8", errors="replace") == told
+    if is_made and all(path.exists() for pair in places.values() for path in pair):
+        return {n: (png.read_bytes(), svg.read_bytes()) for n, (png, svg) in places.items()}
+    if sys.platform == "linux" and "torch" not in sys.modules and len(figures) > 2:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+            drawn = list(pool.map(png_and_svg, figures.values()))
+    else:
+        drawn = [png_and_svg(figure) for figure in figures.values()]
+    files = dict(zip(figures, drawn, strict=True))
+    for stem, pair in files.items():
+        for path, data in zip(places[stem], pair, strict=True):
+            write_atomic(path, data)
+    write_atomic(made, told.encode())
+    return files
 
 
 # --- HTML ------------------------------------------------------------------------------------

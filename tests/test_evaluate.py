@@ -353,7 +353,7 @@ def test_the_clip_score_is_that_of_the_pictures_on_the_disk(evaluation: Path) ->
     told = json.loads((evaluation / "evaluation.json").read_text())
     folder = evaluation / "pictures" / told["pictures"]["base"]
     pictures = PictureFolder(folder, json.loads((folder / "manifest.json").read_text()))
-    prompts = read(None, PROTOCOLS["emoji"]).texts[:10]
+    prompts = read(None, PROTOCOLS["emoji"], 10).texts
     tensors = torch.from_numpy(np.stack([pictures.load(i) for i in range(10)])).permute(0, 3, 1, 2)
     expected = ClipScore.load(None)(tensors / 255, prompts).mean()
     table = table_of(evaluation / "eval.csv").set_index(["model", "metric"])
@@ -459,6 +459,13 @@ def test_what_cannot_be_judged_is_refused_with_the_file_that_is_missing(tmp_path
     refused(run("evaluate", "a=emoji", "a=emoji", *out), "two models are called 'a'")
     refused(run("evaluate", "nothing", "--protocol", "emoji", *out), "no such file or folder")
     assert not (tmp_path / "out" / "eval.csv").exists()
+
+
+def test_few_built_in_captions_are_spread_over_all() -> None:
+    every = read(None, PROTOCOLS["emoji"]).texts
+    few = read(None, PROTOCOLS["emoji"], 10).texts
+    assert few == [every[i * len(every) // 10] for i in range(10)]
+    assert read(None, PROTOCOLS["emoji"], 1000).texts == every
 
 
 def test_prompt_files(tmp_path: Path) -> None:

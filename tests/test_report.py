@@ -130,7 +130,7 @@ def test_what_comes_from_outside_is_escaped(built: Path, tmp_path: Path) -> None
     ("name", "change", "words"),
     [
         ("importance.csv", lambda t: t.drop(columns="score"), ("no column score",)),
-        ("cost.csv", lambda t: t.assign(params=None), ("line 2", "params is nan")),
+        ("cost.csv", lambda t: t.assign(params=None), ("line 2", "params is 'nan'")),
         ("candidates.csv", lambda t: t.assign(macs="many"), ("line 2", "macs is 'many'")),
         ("finalists.csv", lambda t: t[:0], ("no rows in it",)),
         ("evaluation/eval.csv", lambda t: t.assign(model=None), ("line 2: model is empty",)),
