@@ -295,7 +295,7 @@ class Job:
             pictures = [torch.from_numpy(s.pictures.load(i).copy()) for s in subjects]
             rows[f"{i}: {self.prompts[i]}"] = torch.stack(pictures).permute(0, 3, 1, 2) / 255
         side = next(iter(rows.values())).shape[-1]
-        return grid_png(rows, [s.label for s in subjects], scale=max(1, 96 // side), left=150)
+        return grid_png(rows, [s.label for s in subjects], scale=max(1, 160 // side), left=150)
 
 
 def _near(model: str, out: Path) -> str:

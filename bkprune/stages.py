@@ -74,8 +74,7 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
     if "profile" in options:
         add("profile", (model, *in_run), (), (cost,))
     if "search" in options:
-        known = [path for path, stage in ((importance, "analyze"), (cost, "profile"))]
-        add("search", (model, *in_run), known, (winner, finalists))
+        add("search", (model, *in_run), (importance, cost), (winner, finalists))
     masks = [("winner", str(winner), run)] if "search" in options else []
     masks += [(name, name, run / "compared" / name) for name in asked.compare]
     judged: list[str] = []

@@ -268,7 +268,7 @@ def evaluation() -> str:
 
 
 def pairs(rows: pd.DataFrame) -> str:
-    """In how many of all comparisons kd was not ahead of task."""
+    """In how many of all comparisons kd was ahead of task."""
     table = rows.pivot(
         index=["model", "seed"],
         columns="how",
@@ -281,7 +281,7 @@ def pairs(rows: pd.DataFrame) -> str:
     ]
     compared = [w[table["clip_score"]["kd"].notna()] for w in wins]
     n = sum(len(w) for w in compared)
-    return f"{n - sum(int(w.sum()) for w in compared)} of {n} comparisons"
+    return f"{sum(int(w.sum()) for w in compared)} of {n} comparisons"
 
 
 def table(rows: pd.DataFrame) -> str:
