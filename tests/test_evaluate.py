@@ -376,7 +376,8 @@ def test_tables_grow_and_the_same_measurement_is_replaced(evaluation: Path, stud
     assert set(grown["task"]) == {"text-to-image", "image-to-image 0.5"}
     assert (evaluation / "grid-image-to-image-0-5.png").exists()
     (evaluation / "eval.csv").write_text("hello\n")
-    refused(run("evaluate", students / "base", *options), "eval.csv", "move it away")
+    broken = run("evaluate", students / "base", "--teacher", "emoji", *options, "--metrics", "ssim")
+    refused(broken, "eval.csv", "move it away")
     after.to_csv(evaluation / "eval.csv", index=False)
 
 
@@ -457,7 +458,10 @@ def test_what_cannot_be_judged_is_refused_with_the_file_that_is_missing(tmp_path
         run("evaluate", "x", "--teacher", "emoji", "--teacher-steps", "99", *out), "from 0 to 25"
     )
     refused(run("evaluate", "a=emoji", "a=emoji", *out), "two models are called 'a'")
-    refused(run("evaluate", "nothing", "--protocol", "emoji", *out), "no such file or folder")
+    refused(
+        run("evaluate", "nothing", "--protocol", "emoji", "--metrics", "clip_score", *out),
+        "no such file or folder",
+    )
     assert not (tmp_path / "out" / "eval.csv").exists()
 
 
