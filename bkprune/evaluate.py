@@ -34,7 +34,7 @@ from bkprune.pictures import PictureFolder
 from bkprune.protocols import PAIRED_METRICS, Prompts
 
 Progress = Callable[[int, int, str], None]
-_BATCH = 16
+_BATCH, _TEXTS = 16, 256
 # equal pictures would be infinitely good; half a grey level is as near as 8 bits tell: 54.2 dB
 PSNR_OF_EQUAL = float(20 * np.log10(2 * 255))
 _REACH = 1.96  # standard errors to either side of a 95 % interval
@@ -119,11 +119,13 @@ def _distances(
 
 def _clip_scores(clip: ClipRows, rows: Any, prompts: Prompts) -> Array:
     """100 x cosine with each picture's own prompt, floored at 0."""
-    texts = sorted(set(prompts.texts[: len(rows)]))
-    encoded = [clip.clip.text_features(texts[i : i + 256]) for i in range(0, len(texts), 256)]
-    vectors = dict(zip(texts, torch.cat(encoded).double().numpy(), strict=True))
-    scores = [float(rows[i].astype(np.float64) @ vectors[prompts[i]]) for i in range(len(rows))]
-    out: Array = 100 * np.maximum(np.array(scores), 0)
+    scores = []
+    for start in range(0, len(rows), _TEXTS):
+        numbers = range(start, min(start + _TEXTS, len(rows)))
+        vectors = clip.clip.text_features([prompts[i] for i in numbers]).double().numpy()
+        pictures = np.asarray(rows[numbers.start : numbers.stop], np.float64)
+        scores.append((pictures * vectors).sum(1))
+    out: Array = 100 * np.maximum(np.concatenate(scores), 0)
     return out
 
 

@@ -69,16 +69,18 @@ class Estimate(Protocol):
         """The metric if sample i came `weights[i]` times, `[n]`."""
 
 
-def bootstrap_weights(groups: NDArray[np.int64], n_resamples: int, seed: int = 0) -> Array:
-    """How often each sample comes in each resample, `[n_resamples, n]`.
+def bootstrap_weights(
+    groups: NDArray[np.int64], n_resamples: int, seed: int = 0
+) -> Iterator[Array]:
+    """How often each sample comes, `[n]`, for one resample after the other.
 
     Whole groups are drawn with replacement: pictures of one prompt stay together.
     """
     names, index = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_resamples)
-    weights: Array = counts[:, index].astype(np.float64)
-    return weights
+    share = np.full(len(names), 1 / len(names))
+    for _ in range(n_resamples):
+        yield rng.multinomial(len(names), share)[index].astype(np.float64)
 
 
 class Mean:
@@ -249,9 +251,8 @@ class Measured:
         """Value and bootstrap of an estimate whose samples belong to these groups, `[n]`."""
         n_resamples = N_RESAMPLES_WIDE if width > _WIDE else N_RESAMPLES
         weights = bootstrap_weights(groups, n_resamples)
-        return cls(
-            estimate.value, len(groups), np.array([estimate.resampled(row) for row in weights])
-        )
+        resamples = np.array([estimate.resampled(row) for row in weights])
+        return cls(estimate.value, len(groups), resamples)
 
     @property
     def stderr(self) -> float:

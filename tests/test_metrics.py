@@ -124,7 +124,7 @@ def test_paired_differences_cancel_what_both_find_hard() -> None:
 
 def test_resamples_keep_their_number_of_groups() -> None:
     groups = np.array([0, 0, 1, 2, 2, 2])
-    weights = bootstrap_weights(groups, 50)
+    weights = np.stack(list(bootstrap_weights(groups, 50)))
     assert (weights[:, 0] == weights[:, 1]).all()
     assert (weights[:, 0] + weights[:, 2] + weights[:, 3] == 3).all()
 
