@@ -7,14 +7,13 @@ average pools that leave the padding out, a max pool in the last block, and the 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bkprune.single_file import first_line
+from bkprune.single_file import fill
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 WHERE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -187,24 +186,9 @@ class Inception(nn.Module):
         Raises:
             ValueError: not there, or other weights.
         """
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; Inception's weights are {WEIGHTS}, at {WHERE}")
         out = cls()
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            out.load_state_dict(state)
-        except (
-            RuntimeError,
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            pickle.UnpicklingError,
-        ) as error:
-            raise ValueError(
-                f"{path}: not the Inception weights {WEIGHTS} ({first_line(error)})"
-            ) from error
-        return out.eval()
+        fill(out, path, WEIGHTS, WHERE)
+        return out
 
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ features, the learned weights that torchmetrics ships. It downloads nothing.
 
 from __future__ import annotations
 
-import pickle
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bkprune.single_file import first_line
+from bkprune.single_file import fill
 
 WEIGHTS = "alexnet-owt-7be5be79.pth"
 WHERE = f"https://download.pytorch.org/models/{WEIGHTS}"
@@ -56,25 +55,8 @@ class Lpips(nn.Module):
         Raises:
             ValueError: not there, or other weights.
         """
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; LPIPS wants {WEIGHTS}, at {WHERE}")
         out = cls()
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            wanted = {k: v for k, v in state.items() if k.startswith("features.")}
-            out.features.load_state_dict(
-                {k.removeprefix("features."): v for k, v in wanted.items()}
-            )
-        except (
-            RuntimeError,
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            pickle.UnpicklingError,
-        ) as error:
-            raise ValueError(f"{path}: not the weights {WEIGHTS} ({first_line(error)})") from error
+        fill(out.features, path, WEIGHTS, WHERE, "features.")
         return out
 
     @torch.no_grad()

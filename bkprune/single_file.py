@@ -112,6 +112,29 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {str(name): t for name, t in loaded.items() if isinstance(t, Tensor)}
 
 
+def fill(module: nn.Module, path: Path, name: str, where: str, prefix: str = "") -> None:
+    """Give a network its published weights from a local file, strictly.
+
+    Args:
+        module: takes every tensor of the file whose name begins with `prefix`.
+        path: of the file.
+        name: of the file as it is published, for errors.
+        where: it can be had.
+        prefix: is taken off the names.
+
+    Raises:
+        ValueError: not there, or other weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {name} is wanted, at {where}")
+    try:
+        found = _read_weights(path)
+        own = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not the weights {name} ({first_line(error)})") from error
+
+
 def _family_of_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Which family an original-layout file belongs to, from names and shapes alone."""
     if f"{_LDM_UNET}input_blocks.0.0.weight" not in shapes:

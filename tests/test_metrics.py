@@ -182,13 +182,15 @@ def test_resizing_as_tensorflow_one_did() -> None:
 
 
 def test_inception_weights_are_named_where_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth, at https"):
+    with pytest.raises(
+        ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth is wanted, at https"
+    ):
         Inception.load(tmp_path / "none.pth")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="not the Inception weights"):
+    with pytest.raises(ValueError, match="not the weights weights-inception"):
         Inception.load(tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="not the Inception weights"):
+    with pytest.raises(ValueError, match="not the weights weights-inception"):
         Inception.load(tmp_path / "text.pth")
 
 
