@@ -120,11 +120,11 @@ def ours(
         DistillSettings(batch_size=batch_size, compile=compiled),
         Accelerator(cpu=device == "cpu"),
     )
-    run._prepare()
-    student_net, teacher_net = _kept.enter_context(run._watching())
+    student_net = _kept.enter_context(run.watching())
+    lessons = _kept.enter_context(run.lessons.opened())
 
     def step() -> None:
-        run._one_step(student_net, teacher_net, [])
+        run.update(student_net, lessons.of(run.step), [])
         run.step += 1
 
     return step

@@ -1,18 +1,15 @@
 """Retraining a pruned U-Net against its teacher, step by step.
 
-Knows the order of samples, the optimiser, what a bad step is, when to save and how a run goes on
-after any interruption with the same bits. accelerate owns devices, precision, accumulation and
-processes. It does not know where the cache came from, nor what the student is saved as.
-
-Every random number of a step depends on the seed and on the sample's position in the run alone, so
-that neither the number of processes nor the batch they share it in changes what is trained.
+Knows the optimiser, what a bad step is, when to save and how a run goes on after any interruption
+with the same bits. accelerate owns devices, precision, accumulation and processes. It does not know
+where lessons come from, nor what the student is saved as.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +18,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 
 from bkprune import recipe
-from bkprune.caching import Batch, Cache
-from bkprune.calibration import sample_generator
+from bkprune.caching import Cache
 from bkprune.checkpoints import Checkpoints, Log
+from bkprune.lessons import Lesson, Lessons, channels_last
 from bkprune.losses import Tap, distillation_losses, sample_weights, watched
 from bkprune.recipe import DistillSettings
 
@@ -36,6 +33,17 @@ Progress = Callable[[int, int, str], None]
 
 class StoppedError(ValueError):
     """Training cannot go on; the last good checkpoint is kept."""
+
+
+@dataclass
+class _Going:
+    """What a run holds while it is going."""
+
+    student: Any
+    kept: Checkpoints
+    log: Log | None
+    history: list[float]
+    n_bad: int = 0
 
 
 @dataclass
@@ -63,20 +71,26 @@ class Distillation:
     def __post_init__(self) -> None:
         s = self.settings
         self.acc = self.accelerator or Accelerator(mixed_precision=s.precision)
-        if len(self.cache) < 1:
-            raise ValueError("the cache is empty")
+        self.lessons = Lessons(
+            self.teacher,
+            [tap.name for tap in self.taps],
+            self.cache,
+            self.scheduler,
+            s,
+            self.acc,
+        )
         self.student.requires_grad_(True).train()
         if s.checkpointing:
             unet: Any = self.student
             unet.enable_gradient_checkpointing()
         if s.channels_last:
-            _channels_last(self.student)
+            channels_last(self.student)
         parameters = list(self.student.parameters())
         self.optimiser = recipe.optimiser(parameters, s)
         self.schedule = recipe.schedule(self.optimiser, s)
         self.ema = EMAModel(parameters, decay=s.ema) if s.ema is not None else None
         self.step = 0
-        self._orders: dict[int, list[int]] = {}
+        self._going: _Going | None = None
 
     @property
     def effective_batch(self) -> int:
@@ -109,102 +123,112 @@ class Distillation:
             StoppedError: the loss is not finite, or jumps, many times in a row.
         """
         s = self.settings
-        kept = Checkpoints(folder, stamp)
-        state = kept.latest()
-        self._prepare()
-        if state is not None:
-            self._load(state)
-        log = Log(folder, self.step) if self.acc.is_main_process else None
-        history = [row["loss"] for row in (log.rows if log else []) if not row.get("skipped")]
-        n_bad = 0
-        with ExitStack() as stack:
-            if log is not None:
-                stack.callback(log.close)
-            student, teacher = stack.enter_context(self._watching())
+        with self.opened(folder, stamp), self.lessons.opened():
             if self.step == 0 and s.preview_every:
                 preview(0)
             while self.step < s.steps:
-                started = time.perf_counter()
-                terms, is_good = self._one_step(student, teacher, history)
-                n_bad = 0 if is_good else n_bad + 1
-                if n_bad > _MOST_BAD:
-                    raise StoppedError(
-                        f"step {self.step + 1}: the loss was not finite, or {_SPIKE:g} times its "
-                        f"median, {n_bad} times in a row; lower --lr. The last good checkpoint is "
-                        f"kept in {kept.folder}"
-                    )
-                self.step += 1
-                if is_good:
-                    history.append(terms["loss"])
-                if log is not None:
-                    row = {"step": self.step, **terms, "lr": self.schedule.get_last_lr()[0]}
-                    if not is_good:
-                        row["skipped"] = True
-                    elapsed = time.perf_counter() - started
-                    row["images_per_s"] = round(self.effective_batch / elapsed, 3)
-                    log.add(row)
-                    self.acc.log(row, step=self.step)  # to trackers, if there are any
-                self.schedule.step()
-                progress(self.step, s.steps, _shown(terms, is_good))
+                shown = self.learn(self.lessons.of(self.step))
+                progress(self.step, s.steps, shown)
                 is_last, stops = self.step == s.steps, wants_stop()
-                if log is not None and (is_last or stops or self.step % s.save_every == 0):
-                    log.sync()
-                    kept.save(self.step, self._state())
+                if is_last or stops or self.step % s.save_every == 0:
+                    self.save()
                 if s.preview_every and (is_last or self.step % s.preview_every == 0):
                     preview(self.step)
                 if stops and not is_last:
                     return False
         return True
 
+    @contextmanager
+    def opened(self, folder: Path, stamp: str) -> Iterator[Distillation]:
+        """Ready to learn, from the newest checkpoint of the folder if there is one."""
+        kept = Checkpoints(folder, stamp)
+        state = kept.latest()
+        self.student.to(self.acc.device)
+        if self.ema is not None:
+            self.ema.to(self.acc.device)
+        if state is not None:
+            self._load(state)
+        log = Log(folder, self.step) if self.acc.is_main_process else None
+        history = [row["loss"] for row in (log.rows if log else []) if not row.get("skipped")]
+        with ExitStack() as stack:
+            if log is not None:
+                stack.callback(log.close)
+            student = stack.enter_context(self.watching())
+            self._going = _Going(student, kept, log, history)
+            stack.callback(setattr, self, "_going", None)
+            yield self
+
+    def learn(self, lessons: Iterable[Lesson]) -> str:
+        """One step, written into the log; says for people what its losses were.
+
+        Raises:
+            StoppedError: the loss is not finite, or jumps, many times in a row.
+        """
+        going = self._going
+        assert going is not None, "learn inside `with opened`"
+        started = time.perf_counter()
+        terms, is_good = self.update(going.student, lessons, going.history)
+        going.n_bad = 0 if is_good else going.n_bad + 1
+        if going.n_bad > _MOST_BAD:
+            raise StoppedError(
+                f"step {self.step + 1}: the loss was not finite, or {_SPIKE:g} times its "
+                f"median, {going.n_bad} times in a row; lower --lr. The last good checkpoint is "
+                f"kept in {going.kept.folder}"
+            )
+        self.step += 1
+        if is_good:
+            going.history.append(terms["loss"])
+        if going.log is not None:
+            row = {"step": self.step, **terms, "lr": self.schedule.get_last_lr()[0]}
+            if not is_good:
+                row["skipped"] = True
+            elapsed = time.perf_counter() - started
+            row["images_per_s"] = round(self.effective_batch / elapsed, 3)
+            going.log.add(row)
+            self.acc.log(row, step=self.step)  # to trackers, if there are any
+        self.schedule.step()
+        return _shown(terms, is_good)
+
+    def save(self) -> None:
+        """Log and checkpoint to the disk, by the main process."""
+        going = self._going
+        assert going is not None, "save inside `with opened`"
+        if going.log is not None:
+            going.log.sync()
+            going.kept.save(self.step, self._state())
+
     def rehearse(self, n: int) -> float:
         """Seconds of a step, the best of `n` after one to warm up; the weights are spoiled."""
-        self._prepare()
+        self.student.to(self.acc.device)
         times = []
-        with self._watching() as (student, teacher):
+        with self.watching() as student, self.lessons.opened():
             for _ in range(n + 1):
                 started = time.perf_counter()
-                self._one_step(student, teacher, [])
+                self.update(student, self.lessons.of(self.step), [])
                 times.append(time.perf_counter() - started)
                 self.step += 1
         return min(times[1:])
 
-    def _prepare(self) -> None:
-        """Move the networks where they run."""
-        device = self.acc.device
-        self.student.to(device)
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval().to(device)
-            if self.settings.channels_last:
-                _channels_last(self.teacher)
-        if self.ema is not None:
-            self.ema.to(device)
-
     @contextmanager
-    def _watching(self) -> Iterator[tuple[Any, Any]]:
-        """Both networks with their taps, as accelerate wants them."""
-        with ExitStack() as stack:
-            own = stack.enter_context(watched(self.student, [tap.student for tap in self.taps]))
+    def watching(self) -> Iterator[Any]:
+        """The student with its taps, as accelerate wants it."""
+        with watched(self.student, [tap.student for tap in self.taps]) as own:
             student: Any = torch.compile(own) if self.settings.compile else own
             student, self.optimiser = self.acc.prepare(student, self.optimiser)
-            teacher: Any = None
-            if self.teacher is not None:
-                names = [tap.name for tap in self.taps]
-                teacher = stack.enter_context(watched(self.teacher, names))
-                teacher = torch.compile(teacher) if self.settings.compile else teacher
-            yield student, teacher
+            yield student
 
-    def _one_step(
-        self, student: Any, teacher: Any, history: list[float]
+    def update(
+        self, student: Any, lessons: Iterable[Lesson], history: list[float]
     ) -> tuple[dict[str, float], bool]:
         """Forward, backward and update; a step whose loss is no good changes no weight."""
         s = self.settings
         self.optimiser.zero_grad(set_to_none=True)
         names: list[str] = []
         sums = torch.zeros(())
-        for micro in range(s.accumulate):
+        for micro, lesson in enumerate(lessons):
             is_last = micro == s.accumulate - 1
             with nullcontext() if is_last else self.acc.no_sync(student):
-                total, terms = self._losses(student, teacher, micro)
+                total, terms = self._losses(student, lesson)
                 self.acc.backward(total / s.accumulate)
             names = ["loss", *terms]
             values = torch.stack([total.detach(), *(v.detach() for v in terms.values())])
@@ -224,68 +248,16 @@ class Distillation:
             self.ema.step(self.student.parameters())
         return {**found, "grad_norm": norm}, is_good
 
-    def _losses(self, student: Any, teacher: Any, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs, target, timesteps = self.inputs(micro)
+    def _losses(self, student: Any, lesson: Lesson) -> tuple[Any, dict[str, Any]]:
         with self.acc.autocast():
-            own = student(**inputs)
-        theirs = None
-        if teacher is not None and self.teacher is not None:
-            dtype = next(self.teacher.parameters()).dtype
-            cast = {k: _cast(v, dtype) for k, v in inputs.items() if k != "timestep"}
-            with torch.inference_mode():
-                theirs = teacher(**cast, timestep=timesteps)
-        weights = sample_weights(self.scheduler, timesteps, self.settings.losses.snr_gamma)
+            own = student(**lesson.inputs)
         names = [tap.name for tap in self.taps]
-        return distillation_losses(own, theirs, target, names, self.settings.losses, weights)
-
-    # --- what a step is made of ----------------------------------------------------------------
-
-    def positions(self, micro: int) -> list[int]:
-        """Where in the run the samples of one micro-batch of this process stand."""
-        s, n = self.settings, int(self.acc.num_processes)
-        first = ((self.step * s.accumulate + micro) * n + int(self.acc.process_index)) * (
-            s.batch_size
-        )
-        return list(range(first, first + s.batch_size))
-
-    def inputs(self, micro: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Keyword arguments of the U-Net, the target, and the timesteps of one micro-batch."""
-        positions = self.positions(micro)
-        generators = [sample_generator(self.settings.seed, p) for p in positions]
-        batch = self.cache.batch([self._sample(p) for p in positions], generators)
-        n_train = int(self.scheduler.config.num_train_timesteps)
-        timesteps = torch.stack([torch.randint(n_train, (), generator=g) for g in generators])
-        noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators])
-        return self._on_device(batch, noise, timesteps)
-
-    def _on_device(
-        self, batch: Batch, noise: Tensor, timesteps: Tensor
-    ) -> tuple[dict[str, Any], Tensor, Tensor]:
-        device = self.acc.device
-        latents, noise = batch.latents.to(device), noise.to(device)
-        timesteps = timesteps.to(device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        kind = self.scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type {kind!r} is not supported: epsilon or v_prediction")
-        target = noise
-        if kind == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
-        inputs: dict[str, Any] = {
-            "sample": noisy,
-            "timestep": timesteps,
-            "encoder_hidden_states": batch.embeddings.to(device),
-        }
-        if batch.added:
-            inputs["added_cond_kwargs"] = {k: v.to(device) for k, v in batch.added.items()}
-        return inputs, target, timesteps
-
-    def _sample(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.cache))
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = self.cache.order(epoch, self.settings.seed)
-        return self._orders[epoch][place]
+        theirs = None
+        if lesson.output is not None:
+            theirs = (lesson.output, [lesson.features[name] for name in names])
+        gamma = self.settings.losses.snr_gamma
+        weights = sample_weights(self.scheduler, lesson.timesteps, gamma)
+        return distillation_losses(own, theirs, lesson.target, names, self.settings.losses, weights)
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -313,21 +285,11 @@ class Distillation:
             self.ema.copy_to(self.student.parameters())
 
 
-def _channels_last(network: Any) -> None:
-    network.to(memory_format=torch.channels_last)
-
-
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     """A schedule's counters, without its functions."""
     return {
         k: v for k, v in state.items() if isinstance(v, int | float | list) and k != "lr_lambdas"
     }
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _cast(v, dtype) for k, v in value.items()}
-    return value.to(dtype)
 
 
 def _shown(terms: Mapping[str, float], is_good: bool) -> str:

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bkprune.calibration import Calibration
 from bkprune.features import ClipRows, Network, Reference, rows_of
 from bkprune.judges import Judges
 from bkprune.lpips import Lpips
@@ -175,16 +174,6 @@ def _troubles(subject: Subject, n: int) -> dict[str, Measured]:
         name: Measured(float(found.count(name)), n, none)
         for name in ("black", "not_finite", "flagged")
     }
-
-
-@torch.no_grad()
-def outputs(unet: Any, scheduler: Any, inputs: Calibration, batch_size: int) -> Tensor:
-    """What a U-Net says of noised held-out latents, `[N, C, H, W]`."""
-    out = [
-        unet(**batch.inputs(scheduler, unet.dtype)).sample.float().cpu()
-        for _, batch in inputs.batches(batch_size)
-    ]
-    return torch.cat(out)
 
 
 def output_error(ours: Tensor, teacher: Tensor) -> Measured:

@@ -183,7 +183,8 @@ class Job:
 
     def _output_errors(self) -> dict[str, Measured]:
         from bkprune.calibration import calibrate
-        from bkprune.evaluate import output_error, outputs
+        from bkprune.evaluate import output_error
+        from bkprune.measured import outputs
         from bkprune.models import load
 
         asked = self.asked

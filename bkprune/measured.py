@@ -123,3 +123,13 @@ def latent_shift(teacher: Tensor, ablated: Tensor) -> tuple[float, float]:
     left_out = np.array([score(torch.arange(n)[torch.arange(n) != i]) for i in range(n)])
     spread = ((left_out - left_out.mean()) ** 2).sum()
     return score(torch.arange(n)), float(np.sqrt((n - 1) / n * spread))
+
+
+@torch.no_grad()
+def outputs(unet: Any, scheduler: Any, inputs: Calibration, batch_size: int) -> Tensor:
+    """What a U-Net says of noised held-out latents, `[N, C, H, W]`."""
+    out = [
+        unet(**batch.inputs(scheduler, unet.dtype)).sample.float().cpu()
+        for _, batch in inputs.batches(batch_size)
+    ]
+    return torch.cat(out)

@@ -150,8 +150,7 @@ def test_the_order_is_a_shuffle_anew_each_epoch(tmp_path: Path) -> None:
     run = distillation(random_cache(tmp_path / "cache"), quick(steps=24))
     seen = []
     for step in range(24):
-        run.step = step
-        seen += [run._sample(p) for p in run.positions(0)]
+        seen += [run.lessons.sample(p) for p in run.lessons.positions(step, 0)]
     assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24))
     assert seen[:24] != seen[24:] != list(range(24))
 
@@ -161,8 +160,8 @@ def test_velocity_is_predicted_where_the_scheduler_says_so(tmp_path: Path) -> No
     targets = []
     for kind in ("epsilon", "v_prediction"):
         run = distillation(cache, quick(), scheduler=DDPMScheduler(prediction_type=kind))
-        inputs, target, timesteps = run.inputs(0)
-        targets.append((inputs["sample"], target, timesteps, run.scheduler))
+        inputs, target = run.lessons.inputs(0)
+        targets.append((inputs["sample"], target, inputs["timestep"], run.scheduler))
     noisy, noise, t, scheduler = targets[0]
     abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     clean = (noisy - (1 - abar).sqrt() * noise) / abar.sqrt()

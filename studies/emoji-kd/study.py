@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,29 +25,27 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
 
 from bkprune import Inventory, preset
 from bkprune.caching import Cache, CacheSettings, fill
-from bkprune.calibration import calibrate
-from bkprune.clip import ClipScore
 from bkprune.comparing import identify
 from bkprune.data import read_pairs
 from bkprune.distill import Distillation
 from bkprune.export import FolderSettings, Student, new_folder, student, write_folder
 from bkprune.grids import grid_png
 from bkprune.losses import LossSettings, taps
-from bkprune.metrics import frechet_distance
-from bkprune.models import BUILT_IN, folder_of, load
+from bkprune.models import folder_of, load
 from bkprune.presets import PRESETS
 from bkprune.recipe import DistillSettings
-from bkprune.sampling import SamplingSettings, decode, sample_latents
+from bkprune.sampling import decode, sample_latents
 from bkprune.sources import Source
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
+
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-kd"
-PAIRS = BUILT_IN["emoji"] / "pairs.zip"
-STEPS, N_ERRORS, N_PICTURES, EVERY, SAMPLING = 120, 320, 256, 28, SamplingSettings(10, 3.0, 77, 32)
+STEPS, N_PICTURES, EVERY = 120, 256, 28
 LOSSES = {
     "kd": LossSettings(1.0, 30.0, 0.0),
     "task": LossSettings(output=0.0, feature=0.0),
@@ -75,49 +74,6 @@ def training_cache(teacher: Any) -> Cache:
     made = CacheSettings(size)
     fill(folder, teacher, source.examples(size), source.key, made, total=source.n)
     return Cache(folder)
-
-
-class Judge:
-    """Held-out captions, pictures and noise, the same for every model."""
-
-    def __init__(self, teacher: Any) -> None:
-        held = read_pairs(PAIRS).split("heldout")
-        self.teacher = teacher
-        self.inputs = calibrate(
-            teacher, held, n=N_ERRORS, n_bins=8, seed=5, batch_size=32, sampling=SAMPLING
-        )
-        self.prompts = held.captions[:N_PICTURES]
-        self.clip = ClipScore.load(None)
-        self.real = self.clip.image_features(held.images(64) / 2 + 0.5)
-        with torch.no_grad():
-            self.expected = self._outputs(teacher.unet)
-
-    def _outputs(self, unet: Any) -> list[Tensor]:
-        scheduler = self.teacher.scheduler
-        batches = self.inputs.batches(32)
-        return [unet(**b.inputs(scheduler, torch.float32)).sample for _, b in batches]
-
-    @torch.no_grad()
-    def __call__(self, unet: Any) -> dict[str, float]:
-        unet.eval()
-        pairs = zip(self._outputs(unet), self.expected, strict=True)
-        errors = torch.cat([(a - b).square().flatten(1).mean(1) for a, b in pairs])
-        own, self.teacher.unet = self.teacher.unet, unet
-        try:
-            latents = sample_latents(self.teacher, self.prompts, SAMPLING)
-        finally:
-            self.teacher.unet = own
-        pictures = decode(self.teacher.vae, latents, 32)
-        score = self.clip(pictures, self.prompts)
-        features = self.clip.image_features(pictures)
-        return {
-            "output_error": float(errors.mean()),
-            "output_error_stderr": float(errors.std() / len(errors) ** 0.5),
-            "clip_score": float(score.mean()),
-            "clip_score_stderr": float(score.std() / len(score) ** 0.5),
-            "frechet_clip": frechet_distance(features, self.real),
-            "n_pictures": len(pictures),
-        }
 
 
 def jobs(seeds: int) -> Iterator[tuple[str, str, int]]:
@@ -158,7 +114,7 @@ def network(teacher: Any, cache: Cache, name: str, how: str, seed: int, steps: i
 def train(options: argparse.Namespace) -> None:
     teacher = load("emoji", dtype=torch.float32)
     path = BUILD / "results.csv"
-    cache, judge = training_cache(teacher), Judge(teacher)
+    cache, judge = training_cache(teacher), Judge(teacher, N_PICTURES)
     rows: list[Any] = pd.read_csv(path).to_dict("records") if path.exists() else []
     done = {(r["model"], r["how"], r["seed"]) for r in rows}
     for name, how, seed in jobs(options.seeds):

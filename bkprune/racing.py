@@ -1,0 +1,144 @@
+"""Students of one teacher, distilled side by side: each lesson is asked of the teacher once.
+
+Knows how masks become students, that all of them learn from the same lessons, how each is kept in a
+folder of its own so that it goes on rather than start again, and what each loses against the
+teacher on samples that none has learned from. It does not know who is sent on, nor why.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from numpy.typing import NDArray
+
+from bkprune.blocks import Inventory, Mask
+from bkprune.bypass import PrunedUNet
+from bkprune.caching import Cache
+from bkprune.calibration import Calibration
+from bkprune.distill import Distillation
+from bkprune.lessons import Lessons
+from bkprune.losses import taps
+from bkprune.measured import outputs
+from bkprune.recipe import DistillSettings
+from bkprune.study import digest, write_atomic
+
+Array = NDArray[np.float64]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Field:
+    """The students of a race and what they are taught by.
+
+    Attributes:
+        pipeline: the teacher's.
+        masks: of the students, by name.
+        cache: what they learn from.
+        judged: noised latents on which they are compared with the teacher.
+        settings: of the whole run; nobody need reach its last step.
+        folder: a subfolder for each student.
+        together: how many are held in memory at once.
+    """
+
+    pipeline: Any
+    masks: Mapping[str, Mask]
+    cache: Cache
+    judged: Calibration
+    settings: DistillSettings
+    folder: Path
+    together: int = 8
+
+    def __post_init__(self) -> None:
+        self._inventory = Inventory.of(self.pipeline.unet)
+        self._acc = Accelerator(mixed_precision=self.settings.precision)
+        self._scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        self._expected: torch.Tensor | None = None
+
+    def advance(
+        self, names: Sequence[str], step: int, progress: Progress = lambda done, total, what: None
+    ) -> dict[str, Array]:
+        """Train the named students on to a step, each from its newest checkpoint.
+
+        Returns:
+            For each the squared error against the teacher of every judged sample, `[N]`.
+        """
+        missing = [name for name in names if not self._errors(name, step).exists()]
+        starts = range(0, len(missing), self.together)
+        total = len(starts) * step
+        for number, first in enumerate(starts):
+
+            def told(now: int, before: int = number * step) -> None:
+                progress(before + now, total, "distilling side by side")
+
+            self._train(missing[first : first + self.together], step, told)
+        return {name: np.load(self._errors(name, step)) for name in names}
+
+    def _train(self, names: Sequence[str], step: int, told: Callable[[int], None]) -> None:
+        runs = {name: self._distillation(name) for name in names}
+        tapped = dict.fromkeys(tap.name for run in runs.values() for tap in run.taps)
+        teacher = self.pipeline.unet if self.settings.losses.needs_teacher else None
+        lessons = Lessons(
+            teacher, list(tapped), self.cache, self._scheduler, self.settings, self._acc
+        )
+        with ExitStack() as stack:
+            stack.enter_context(lessons.opened())
+            for name, run in runs.items():
+                stack.enter_context(run.opened(self.folder / name, self._stamp(name)))
+            while behind := [run for run in runs.values() if run.step < step]:
+                at = min(run.step for run in behind)
+                given = list(lessons.of(at))
+                for run in behind:
+                    if run.step == at:
+                        run.learn(given)
+                        if run.step == step or run.step % self.settings.save_every == 0:
+                            run.save()
+                told(at + 1)
+        for name, run in runs.items():
+            data = io.BytesIO()
+            np.save(data, self.errors(run.student.eval()))
+            write_atomic(self._errors(name, step), data.getvalue())
+
+    def errors(self, unet: Any) -> Array:
+        """Squared error against the teacher of every judged sample, `[N]`."""
+        batch = self.settings.batch_size
+        scheduler = self.pipeline.scheduler
+        if self._expected is None:
+            self._expected = outputs(self.pipeline.unet, scheduler, self.judged, batch)
+        ours = outputs(unet, scheduler, self.judged, batch)
+        difference = ours.double() - self._expected.double()
+        found: Array = difference.square().flatten(1).mean(1).numpy()
+        return found
+
+    def student(self, name: str) -> PrunedUNet:
+        """A student with the teacher's weights, not yet trained."""
+        plan = self._inventory.plan(self.masks[name])
+        made: PrunedUNet = PrunedUNet.from_teacher(self.pipeline.unet, plan).float()
+        return made
+
+    def _distillation(self, name: str) -> Distillation:
+        s = self.settings
+        plan = self._inventory.plan(self.masks[name])
+        return Distillation(
+            self.student(name),
+            None,
+            taps(self._inventory, plan) if s.losses.feature else [],
+            self.cache,
+            self._scheduler,
+            s,
+            self._acc,
+        )
+
+    def _stamp(self, name: str) -> str:
+        return digest([self.settings.stamped, sorted(self.masks[name])])
+
+    def _errors(self, name: str, step: int) -> Path:
+        return self.folder / name / f"errors-{step:08d}.npy"

@@ -1,0 +1,154 @@
+"""Which cheap score tells how good a mask will be once it is distilled?
+
+    python masks.py              # which masks, build/masks.csv
+    python study.py              # trains and judges every one of them; resumes; see README of the
+                                 # report for how long
+    python study.py --report     # tables, figures and words from what is there
+
+Every mask of a budget is distilled with the same recipe, order of data, noise and steps, side by
+side with others against one teacher pass (bkprune.racing), and judged on held-out captions. On the
+way the error against the teacher is measured at each rung, on samples that are neither learned from
+nor held out: what a race would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bkprune.blocks import Inventory
+from bkprune.caching import Cache, CacheSettings, fill
+from bkprune.calibration import calibrate
+from bkprune.checkpoints import Checkpoints
+from bkprune.data import read_pairs
+from bkprune.losses import LossSettings
+from bkprune.models import load
+from bkprune.racing import Field
+from bkprune.recipe import DistillSettings
+from bkprune.sources import Source
+from bkprune.study import digest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
+
+BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
+STEPS, RUNGS, BATCH, LR = 400, (10, 25, 50, 100, 200, 400), 8, 5e-4
+SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 256, 192
+LEADING = ("measured search", "knapsack", "greedy", "bk-sdm", "near bk-sdm", "race winner")
+
+
+def settings(seed: int) -> DistillSettings:
+    return DistillSettings(
+        steps=STEPS,
+        batch_size=BATCH,
+        lr=LR,
+        schedule="cosine",
+        warmup=10,
+        seed=seed,
+        save_every=STEPS,
+        losses=LossSettings(1.0, 30.0, 0.0),
+    )
+
+
+def training_cache(teacher: Any) -> Cache:
+    folder = BUILD / "cache"
+    source = Source(str(PAIRS), "train")
+    size = int(teacher.unet.config.sample_size * teacher.vae_scale_factor)
+    made = CacheSettings(size)
+    fill(folder, teacher, source.examples(size), source.key, made, total=source.n)
+    return Cache(folder)
+
+
+def field(teacher: Any, masks: Mapping[str, str], seed: int) -> Field:
+    judged = calibrate(
+        teacher,
+        read_pairs(PAIRS).split("train"),
+        n=N_JUDGED,
+        n_bins=8,
+        seed=4321,
+        batch_size=32,
+        sampling=SAMPLING,
+    )
+    removed = {name: frozenset(text.split()) for name, text in masks.items()}
+    cache = training_cache(teacher)
+    return Field(teacher, removed, cache, judged, settings(seed), BUILD / f"seed-{seed}", TOGETHER)
+
+
+def train(task: tuple[int, dict[str, str]]) -> list[dict[str, Any]]:
+    """A group of masks side by side, to the end, and judged."""
+    torch.set_num_threads(1)
+    seed, masks = task
+    teacher = load("emoji", dtype=torch.float32)
+    made, rows = field(teacher, masks, seed), []
+    started = time.monotonic()
+    for step in RUNGS:
+        errors = made.advance(list(masks), step)
+        for name, values in errors.items():
+            stderr = float(values.std(ddof=1) / len(values) ** 0.5)
+            rows.append(
+                {
+                    "mask": name,
+                    "seed": seed,
+                    "step": step,
+                    "error": float(values.mean()),
+                    "stderr": stderr,
+                    "seconds": (time.monotonic() - started) / len(masks),
+                }
+            )
+    judge = Judge(teacher, N_PICTURES)
+    for name in masks:
+        student = made.student(name)
+        stamp = digest([made.settings.stamped, sorted(made.masks[name])])
+        state = Checkpoints(made.folder / name, stamp).latest()
+        assert state is not None and state["step"] == STEPS
+        student.load_state_dict(state["student"])
+        for metric, value in judge(student).items():
+            rows.append({"mask": name, "seed": seed, "step": STEPS, "metric": metric, "value": value})
+    return rows
+
+
+def tasks(wanted: pd.DataFrame, seed: int, done: set[tuple[str, int]]) -> list[Any]:
+    """Groups of masks of one budget that are not judged yet."""
+    out = []
+    for _, group in wanted.groupby("budget", sort=False):
+        names = [m for m in group["mask"] if (m, seed) not in done]
+        removed = group.set_index("mask")["removed"]
+        for first in range(0, len(names), TOGETHER):
+            part = names[first : first + TOGETHER]
+            out.append((seed, {name: str(removed[name]) for name in part}))
+    return out
+
+
+def is_leading(source: str) -> bool:
+    return source.startswith(LEADING) and not source.endswith("second")
+
+
+def train_all(seeds: int) -> None:
+    masks = pd.read_csv(BUILD / "masks.csv", dtype={"budget": str})
+    path = BUILD / "results.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    training_cache(load("emoji", dtype=torch.float32))
+    for seed in range(seeds):
+        wanted = masks if seed == 0 else masks[masks["source"].map(is_leading)]
+        done = {(r["mask"], r["seed"]) for r in rows if isinstance(r.get("metric"), str)}
+        todo = tasks(wanted, seed, done)
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            for found in pool.imap_unordered(train, todo):
+                rows += found
+                pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+                print(f"seed {seed}: {len(rows)} rows", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    train_all(parser.parse_args().seeds)
