@@ -28,6 +28,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/search.py --out build/search
 	$(BIN)/python benchmarks/distill.py
 	$(BIN)/python benchmarks/evaluate.py
+	$(BIN)/python benchmarks/race.py
 
 # Hours on two cores; every stage resumes where it stopped.
 teacher: $(VENV)/.installed-dev

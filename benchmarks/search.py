@@ -27,13 +27,13 @@ from bkprune.blocks import Mask
 from bkprune.calibration import calibrate
 from bkprune.cost import CostTable, read
 from bkprune.data import read_pairs
-from bkprune.judging import judge
+from bkprune.judging import BASELINES, finalists, judge
 from bkprune.measured import OutputError
 from bkprune.models import BUILT_IN, load
 from bkprune.profiling import Profile, ProfileSettings
 from bkprune.proposals import neighbours
 from bkprune.sampling import SamplingSettings
-from bkprune.search import BASELINES, Search, SearchSettings
+from bkprune.search import Search, SearchSettings
 from bkprune.skeleton import skeleton
 from bkprune.space import Bits, Budget, Space
 
@@ -105,7 +105,9 @@ def run_search(
     start, before = time.perf_counter(), judges[0].seconds
     search.run(judges[0])
     seconds = time.perf_counter() - start
-    table = judge(search.finalists(8), judges[1], judges[2], lambda done, total, what: None)
+    table = judge(
+        finalists(search.candidates(), 8), judges[1], judges[2], lambda done, total, what: None
+    )
     table.insert(0, "budget", budget.text)
     table.insert(1, "seed", seed)
     table.insert(2, "n_masks", len(search.measured()))
@@ -248,7 +250,7 @@ def against_baselines(found: pd.DataFrame) -> pd.DataFrame:
         for name in ("knapsack", "greedy", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "random"):
             own = run[run["source"].str.contains(name)]
             row[name] = own["held_out"].min() / winner["held_out"] if len(own) else np.nan
-        baselines = run[run["source"].str.contains(BASELINES, regex=True)]
+        baselines = run[run["source"].str.contains(rf"{BASELINES}|random \d+", regex=True)]
         row["best baseline"] = baselines["held_out"].min() / winner["held_out"]
         rows.append(row)
     return pd.DataFrame(rows)

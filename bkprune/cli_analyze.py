@@ -180,6 +180,21 @@ def calibration_source(model: str, data: str | None) -> tuple[Pairs | list[str] 
     return source, digest(rows)
 
 
+def training_data(model: str, data: str | None, split: str | None) -> tuple[str, str | None]:
+    """What to learn from and which rows of it: the built-in pairs, for the built-in model.
+
+    Raises:
+        ValueError: the model brings none.
+    """
+    from bkprune.models import BUILT_IN
+
+    if data is not None:
+        return data, split
+    if model in BUILT_IN:
+        return str(BUILT_IN[model] / "pairs.zip"), split or "train"
+    raise ValueError(f"{model} brings no training data: give --data")
+
+
 def _print_importance(table: pd.DataFrame) -> None:
     """One ranked table a criterion, the variants of `output` as columns of one."""
     total = table[table["timestep_bin"].astype(str) == "all"]

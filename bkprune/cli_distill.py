@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bkprune.cli_analyze import training_data
 from bkprune.terminal import (
     JSON,
     MODEL,
@@ -145,7 +146,7 @@ def distill(
             preview_every=preview_every,
             losses=LossSettings(task, output, feature, normalise_features, snr_gamma),
         )
-        given, rows = _data(teacher, data, split)
+        given, rows = training_data(teacher, data, split)
         folder = out or Path(f"{Path(student).name}-distilled")
         asked = Asked(
             student,
@@ -165,16 +166,6 @@ def distill(
         job.run()
         if job.acc.is_main_process:
             typer.echo(str(folder / DISTILLED))
-
-
-def _data(model: str, data: str | None, split: str | None) -> tuple[str, str | None]:
-    from bkprune.models import BUILT_IN
-
-    if data is not None:
-        return data, split
-    if model in BUILT_IN:
-        return str(BUILT_IN[model] / "pairs.zip"), split or "train"
-    raise ValueError(f"{model} brings no training data: give --data")
 
 
 def _print_dry_run(shown: dict[str, Any], *, as_json: bool) -> None:
@@ -223,7 +214,7 @@ def cache(
         from bkprune import models
         from bkprune.distill_job import fill_cache
 
-        given, rows = _data(model, data, split)
+        given, rows = training_data(model, data, split)
         pipeline = models.load(model, models.Parts(tokenizer, text_encoder, vae))
         options: dict[str, Any] = {
             "flip": flip,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,10 +21,7 @@ from bkprune.terminal import (
     one_line_errors,
 )
 
-if TYPE_CHECKING:
-    pass
-
-_HOW, _WHERE = "How long", "Where it runs"
+_HOW, _WHERE, _RACE = "How long", "Where it runs", "With --objective distilled"
 
 
 def search(
@@ -54,8 +51,9 @@ def search(
     objective: Annotated[
         str,
         typer.Option(
-            help="measured (every mask is ablated on calibration samples) or additive (summed "
-            "importance: the exact optimum, at once)."
+            help="measured (every mask is ablated on calibration samples), distilled (the best of "
+            "those are distilled for a short while, and ranked by what is left) or additive "
+            "(summed importance: the exact optimum, at once)."
         ),
     ] = "measured",
     keep: Annotated[
@@ -98,6 +96,32 @@ def search(
             help="CLIPModel folder for clip. Default: the built-in one.", rich_help_panel=_HOW
         ),
     ] = None,
+    finalists: Annotated[
+        int, typer.Option(help="How many masks start.", rich_help_panel=_RACE)
+    ] = 8,
+    kd_steps: Annotated[
+        int,
+        typer.Option(
+            help="Steps of the last two; the better half goes on at each halving before.",
+            rich_help_panel=_RACE,
+        ),
+    ] = 200,
+    kd: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE, an option of `distill` (lr=1e-3, batch-size=32, feature=0). "
+            "Repeatable. Default: as `distill`.",
+            rich_help_panel=_RACE,
+        ),
+    ] = None,
+    kd_data: Annotated[
+        str | None,
+        typer.Option(help="As --data of `distill`; a cache is best.", rich_help_panel=_RACE),
+    ] = None,
+    kd_together: Annotated[
+        int,
+        typer.Option(help="Students held in memory at once.", rich_help_panel=_RACE),
+    ] = 8,
     seed: Annotated[int, typer.Option(help="Same seed and one worker: same winner.")] = 1234,
     batch_size: Annotated[int, typer.Option(help="Changes memory and speed.")] = 16,
     storage: Annotated[
@@ -136,13 +160,14 @@ def search(
     """
     with one_line_errors("the same command resumes where it stopped"):
         from bkprune.models import Parts
-        from bkprune.search import SearchSettings
+        from bkprune.race_job import RaceSettings
+        from bkprune.search import OBJECTIVES, SearchSettings
         from bkprune.search_job import Inputs, Job
         from bkprune.space import METRICS
 
         settings = SearchSettings(
             grain=choice("--grain", grain, GRAINS),
-            objective=choice("--objective", objective, ("measured", "additive")),
+            objective=choice("--objective", objective, OBJECTIVES),
             front=None if front is None else METRICS[choice("--front", front, tuple(METRICS))][0],
             budgets=tuple(budget or ()),
             keep=tuple(sorted(keep or ())),
@@ -156,7 +181,9 @@ def search(
         if workers < 1:
             raise ValueError("--workers must be at least 1")
         pictures = tuple(name.strip() for name in (finalists_by or "").split(",") if name.strip())
-        inputs = Inputs(cost, data, samples, judged, batch_size, storage, pictures, clip)
+        race = RaceSettings(finalists, kd_steps, tuple(kd or ()), kd_data, kd_together)
+        race.recipe(seed)  # says what is wrong with it before anything runs
+        inputs = Inputs(cost, data, samples, judged, batch_size, storage, pictures, clip, race)
         folder = out or Path(f"bkprune-{Path(model).stem}")
         parts = Parts(tokenizer, text_encoder, vae, prediction_type)
         job = Job(model, parts, folder, settings, inputs)

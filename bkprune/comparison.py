@@ -15,8 +15,9 @@ from bkprune import plots_eval
 from bkprune.cost import CONVENTIONS
 from bkprune.evidence import Run, Section, Table
 
+AFTER = "error after short distillation"
 _QUALITY = ("fid", "is", "clip_score", "frechet_clip", "output_error", "s_unet")
-_COST = ("model", "blocks", "params, M", "MACs, G", "predicted ms", "output error")
+_COST = ("model", "blocks", "params, M", "MACs, G", "predicted ms", "output error", AFTER)
 _JUDGED = ("clip_score", "frechet_clip", "fid")
 _OPPOSITE = {"better": "worse", "worse": "better", "same": "same"}
 
@@ -122,8 +123,18 @@ def _finalist_row(
         "blocks": f"{n - int(row['n_removed'])}" if n else None,
         **_costs(row, whole),
         "output error": error,
+        AFTER: _after(row),
         **_before_after(quality, name),
     }
+
+
+def _after(row: Any) -> str | None:
+    """What the race of a search with `--objective distilled` has seen, and after how many steps."""
+    error = row.get("distilled")
+    if error is None or pd.isna(error):
+        return None
+    stderr = float(row["distilled_stderr"])
+    return f"{float(error):.4f} ± {stderr:.1g}, step {int(row['kd_steps'])}"
 
 
 def _costs(own: Mapping[str, Any], whole: Mapping[str, float]) -> dict[str, str | None]:

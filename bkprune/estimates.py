@@ -7,10 +7,11 @@ can be loaded. It does not know how far a stage already is.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bkprune.stages import Stage
+from bkprune.halving import entrant_steps, rungs
+from bkprune.stages import RACE, Stage
 from bkprune.studyfile import StudyFile
 
 _ROWS = 16  # of the timed batch
@@ -42,7 +43,7 @@ def _seconds(stage: Stage, per_row: float, n_blocks: int) -> float:
     if stage.command == "search":
         searched = number("--trials", 200) * number("--samples", 96)
         judged = 10 * 2 * number("--judged", 256)
-        return (searched + judged) * _PRUNED * per_row
+        return (searched + judged) * _PRUNED * per_row + _race(words, number) * per_row
     if stage.command == "distill":
         rows = number("--steps", 1000) * number("--batch-size", 16) * number("--accumulate", 1)
         return rows * (1 + _PRUNED * (1 + _BACKWARD)) * per_row
@@ -51,6 +52,16 @@ def _seconds(stage: Stage, per_row: float, n_blocks: int) -> float:
         drawn = models * number("--n", 328) * number("--steps", 25) * 2 * _PRUNED
         return drawn * per_row + number("--max-seconds", 60)
     return 5.0
+
+
+def _race(words: Sequence[str], number: Callable[[str, float], float]) -> float:
+    """Rows of a teacher's pass that a race of finalists is worth."""
+    if not set(words) >= RACE:
+        return 0.0
+    ladder = rungs(int(number("--finalists", 8)), int(number("--kd-steps", 200)))
+    rows = [w for w in words if w.startswith("batch-size=")] or ["batch-size=16"]
+    steps = entrant_steps(int(number("--finalists", 8)), ladder) * _PRUNED * (1 + _BACKWARD)
+    return (steps + ladder[-1].step) * float(rows[0].partition("=")[2])
 
 
 def _seconds_per_row(model: str) -> tuple[float, int] | None:

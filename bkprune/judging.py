@@ -1,18 +1,22 @@
-"""Finalists judged on samples that the search has not seen, and which masks lie on a front.
+"""Which candidates are judged again, on samples that the search has not seen, and which lie on a
+front.
 
-Knows that one set of samples chooses and another reports. It does not know how masks were proposed,
-and needs no torch.
+Knows that one set of samples chooses and another reports, and that near copies are not worth a
+race. It does not know how masks were proposed, and needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from bkprune.blocks import Mask
+from bkprune.presets import PRESETS
 from bkprune.space import Array
 
+APART, BASELINES = 3, "|".join(["knapsack", "greedy", *PRESETS])
 Quality = Callable[[Mask], tuple[float, float]]  # what a mask loses, and its standard error
 Progress = Callable[[int, int, str], None]
 
@@ -35,6 +39,42 @@ def judge(
     names = ["chosen", "chosen_stderr", "held_out", "held_out_stderr"]
     table = finalists.join(pd.DataFrame(rows, columns=names, index=finalists.index))
     return table.sort_values("chosen", kind="stable", ignore_index=True)
+
+
+def finalists(table: pd.DataFrame, n: int, along: str | None = None) -> pd.DataFrame:
+    """The best feasible candidates and every baseline that fits.
+
+    Args:
+        table: the candidates, the best first.
+        n: how many, beside the baselines.
+        along: a cost; `2 n` along the front of loss and that cost are taken rather than the best.
+    """
+    table = table[table["feasible"]].reset_index(drop=True)
+    pattern = rf"{BASELINES}|random \d+"
+    chosen = table["source"].str.contains(pattern, regex=True).to_numpy(copy=True)
+    best = np.arange(n)
+    if along is not None:
+        order = table[table["on_front"]].sort_values(along).index.to_numpy()
+        best = order[np.unique(np.linspace(0, len(order) - 1, 2 * n).round().astype(int))]
+    chosen[best[best < len(table)]] = True
+    return table[chosen].reset_index(drop=True)
+
+
+def entrants(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """Feasible candidates for a race, `n` at most, the best measured first.
+
+    The best, what people do today (knapsack, greedy, presets), then the best of those that differ
+    from all before in at least `APART` blocks: near copies would distil alike.
+    """
+    table = table[table["feasible"]].reset_index(drop=True)
+    removed = [frozenset(str(text).split()) for text in table["removed"]]
+    is_baseline = table["source"].str.contains(BASELINES, regex=True).to_numpy()
+    chosen = [0, *(int(i) for i in np.flatnonzero(is_baseline) if i > 0)][:n]
+    for apart in (APART, 1):
+        for i in range(len(table)):
+            if len(chosen) < n and all(len(removed[i] ^ removed[j]) >= apart for j in chosen):
+                chosen.append(i)
+    return table.loc[sorted(chosen)].reset_index(drop=True)
 
 
 def on_front(losses: Array, costs: Array) -> list[bool]:

@@ -71,7 +71,7 @@ class Field:
         Returns:
             For each the squared error against the teacher of every judged sample, `[N]`.
         """
-        missing = [name for name in names if not self._errors(name, step).exists()]
+        missing = [name for name in names if not self.is_done(name, step)]
         starts = range(0, len(missing), self.together)
         total = len(starts) * step
         for number, first in enumerate(starts):
@@ -80,7 +80,7 @@ class Field:
                 progress(before + now, total, "distilling side by side")
 
             self._train(missing[first : first + self.together], step, told)
-        return {name: np.load(self._errors(name, step)) for name in names}
+        return {name: self.loss(name, step) for name in names}
 
     def _train(self, names: Sequence[str], step: int, told: Callable[[int], None]) -> None:
         runs = {name: self._distillation(name) for name in names}
@@ -92,7 +92,7 @@ class Field:
         with ExitStack() as stack:
             stack.enter_context(lessons.opened())
             for name, run in runs.items():
-                stack.enter_context(run.opened(self.folder / name, self._stamp(name)))
+                stack.enter_context(run.opened(self.folder / name, self.stamp(name)))
             while behind := [run for run in runs.values() if run.step < step]:
                 at = min(run.step for run in behind)
                 given = list(lessons.of(at))
@@ -137,7 +137,21 @@ class Field:
             self._acc,
         )
 
-    def _stamp(self, name: str) -> str:
+    def rehearse(self, name: str) -> float:
+        """Seconds of one student's step, the teacher's share left out; nothing is kept."""
+        return self._distillation(name).rehearse(1)
+
+    def is_done(self, name: str, step: int) -> bool:
+        """Whether a student has been judged at a step."""
+        return self._errors(name, step).exists()
+
+    def loss(self, name: str, step: int) -> Array:
+        """What `advance` has said of a student."""
+        found: Array = np.load(self._errors(name, step), allow_pickle=False)
+        return found
+
+    def stamp(self, name: str) -> str:
+        """Names a student's run in its checkpoints."""
         return digest([self.settings.stamped, sorted(self.masks[name])])
 
     def _errors(self, name: str, step: int) -> Path:

@@ -6,7 +6,8 @@ make sense, and which of them change the weights. It does not know steps, data o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -62,6 +63,44 @@ class DistillSettings:
         """The settings that change the weights."""
         free = ("save_every", "preview_every", "compile", "checkpointing", "channels_last")
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def from_words(words: Sequence[str], **fixed: Any) -> DistillSettings:
+    """Settings from `NAME=VALUE`, as `bkprune distill` calls them; what is fixed is refused.
+
+    Raises:
+        ValueError: not of that form, no such name, or a value that makes no sense.
+    """
+    own = {f.name: f.type for f in fields(DistillSettings) if f.name not in (*fixed, "losses")}
+    losses = {f.name: f.type for f in fields(LossSettings)}
+    known = ", ".join(name.replace("_", "-") for name in (*own, *losses) if name != "betas")
+    given: dict[str, Any] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        field_name = name.strip().replace("-", "_")
+        kind = str({**own, **losses}.get(field_name, ""))
+        if not sign or not kind or field_name == "betas":
+            raise ValueError(f"--kd {word!r}: expected NAME=VALUE with one of {known}")
+        try:
+            given[field_name] = _value(kind, text.strip())
+        except ValueError:
+            raise ValueError(f"--kd {word!r}: {text.strip()!r} is not a {kind}") from None
+    try:
+        return DistillSettings(
+            **{k: v for k, v in given.items() if k in own},
+            **fixed,
+            losses=LossSettings(**{k: v for k, v in given.items() if k in losses}),
+        )
+    except ValueError as error:
+        raise ValueError(f"--kd: {error}") from error
+
+
+def _value(kind: str, text: str) -> Any:
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return {"int": int, "str": str}.get(kind.split(" ")[0], float)(text)
 
 
 def optimiser(parameters: list[nn.Parameter], s: DistillSettings) -> Any:

@@ -31,7 +31,7 @@ from bkprune.space import Array, Bits, Budget, InfeasibleError, Space
 from bkprune.storage import is_dead, worker
 
 UNITS, WORKER, SOURCE, STDERR = "units", "worker", "source", "stderr"
-BASELINES = "|".join(["knapsack", "greedy", *PRESETS, r"random \d+"])
+OBJECTIVES = ("measured", "distilled", "additive")
 N_RANDOM_BASELINES, TPE_EVERY, N_STARTUP, N_LEVELS = 5, 8, 12, 8
 
 
@@ -53,15 +53,19 @@ class SearchSettings:
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in ("additive", "measured"):
-            raise ValueError(f"objective {self.objective!r}: choose additive or measured")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r}: choose from {', '.join(OBJECTIVES)}")
+        if self.objective == "distilled" and self.front is not None:
+            raise ValueError("--front shows a whole trade-off: it goes with measured or additive")
         if self.n_trials < 1 or (self.timeout_s is not None and self.timeout_s <= 0):
             raise ValueError("at least one trial and a time limit above 0 s are needed")
 
     @property
     def stamped(self) -> dict[str, Any]:
-        """The settings that say what a trial means."""
-        return {k: v for k, v in asdict(self).items() if k not in ("n_trials", "timeout_s")}
+        """The settings that say what a trial means: for `distilled` it is measured, too."""
+        told = {k: v for k, v in asdict(self).items() if k not in ("n_trials", "timeout_s")}
+        is_measured = self.objective == "distilled"
+        return {**told, "objective": "measured"} if is_measured else told
 
 
 class Search:
@@ -346,18 +350,6 @@ class Search:
             raise InfeasibleError("no mask keeps every budget at once: loosen one of them")
         table = pd.DataFrame(rows).drop_duplicates("removed")
         return table.sort_values("additive", kind="stable", ignore_index=True)
-
-    def finalists(self, n: int) -> pd.DataFrame:
-        """The best feasible candidates, or `2 n` along the front, and every baseline that fits."""
-        table = self.candidates()
-        table = table[table["feasible"]].reset_index(drop=True)
-        chosen = table["source"].str.contains(BASELINES, regex=True).to_numpy(copy=True)
-        best = np.arange(n)
-        if self.settings.front:
-            along = table[table["on_front"]].sort_values(self.metric).index.to_numpy()
-            best = along[np.unique(np.linspace(0, len(along) - 1, 2 * n).round().astype(int))]
-        chosen[best[best < len(table)]] = True
-        return table[chosen].reset_index(drop=True)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:

@@ -10,11 +10,12 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bkprune.cli_analyze import calibration_source
+from bkprune.cli_analyze import calibration_source, training_data
+from bkprune.race_job import RaceSettings, run_race
 from bkprune.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Inputs:
     storage: str | None = None
     pictures: tuple[str, ...] = ()
     clip: Path | None = None
+    race: RaceSettings = field(default_factory=RaceSettings)
 
     def __post_init__(self) -> None:
         if min(self.n_samples, self.n_judged) < 2 * N_BINS:
@@ -84,9 +86,9 @@ class Job:
         journal = self.record.path(study.JOURNAL)
         if force and self.inputs.storage is None:
             storage.start_afresh(journal)
-        opened = storage.open_storage(self.inputs.storage, journal)
-        name = f"bkprune-{self.record.folder.resolve().name}"
-        made = search.Search(space, scores, budgets, s, opened, name)
+        self.storage = storage.open_storage(self.inputs.storage, journal)
+        self.name = f"bkprune-{self.record.folder.resolve().name}"
+        made = search.Search(space, scores, budgets, s, self.storage, self.name)
         if s.objective == "additive":
             return self._finish(made, space, None, quiet=quiet)
         helpers = self._helpers(workers - 1)
@@ -177,6 +179,7 @@ class Job:
             sampling=SamplingSettings(batch_size=self.inputs.batch_size),
         )
         cuts = (slice(0, n), slice(n, n + judged), slice(n + judged, None))
+        self.judged = (drawn[n:], judged)
         return [OutputError(pipeline, drawn[cut], self.inputs.batch_size) for cut in cuts]
 
     def _finish(
@@ -191,6 +194,8 @@ class Job:
             "judged": self.inputs.n_judged,
             "pictures": self.inputs.pictures,
         }
+        if self.settings.objective == "distilled":
+            asked |= {"objective": "distilled", **asdict(self.inputs.race)}
         inputs = {"units": study.digest(space.names), "cost": study.digest(space.teacher)}
         stamp = study.Stamp.of({**self.settings.stamped, **asked}, inputs)
         if qualities is None:
@@ -221,12 +226,40 @@ class Job:
         from bkprune.judging import judge
 
         with progress_bar(quiet) as progress:
-            table = judge(made.finalists(N_FINALISTS), qualities[1], qualities[2], progress)
+            table = judge(self._chosen(made), qualities[1], qualities[2], progress)
             if self.inputs.pictures:
                 table = self._by_pictures(table, progress)
+        if made.settings.objective == "distilled":
+            return self._raced(table, quiet=quiet)
         if made.settings.front:
             table = table.sort_values(made.metric, kind="stable", ignore_index=True)
         return table
+
+    def _chosen(self, made: Search) -> pd.DataFrame:
+        from bkprune.judging import entrants, finalists
+
+        if made.settings.objective == "distilled":
+            return entrants(made.candidates(), self.inputs.race.finalists)
+        return finalists(made.candidates(), N_FINALISTS, made.settings.front)
+
+    def _raced(self, table: pd.DataFrame, *, quiet: bool) -> pd.DataFrame:
+        """Ranked anew by what is left to lose after a short distillation."""
+        asked = self.inputs.race
+        ranked = run_race(
+            self.pipeline,
+            [frozenset(str(removed).split()) for removed in table["removed"]],
+            self.judged,
+            asked,
+            training_data(self.model, asked.data, None),
+            self.settings.seed,
+            self.record.folder,
+            (self.storage, self.name),
+            quiet=quiet,
+        )
+        order = ["kd_steps", "distilled"]
+        return table.join(ranked).sort_values(
+            order, ascending=[False, True], kind="stable", ignore_index=True
+        )
 
     def _by_pictures(self, table: pd.DataFrame, progress: Any) -> pd.DataFrame:
         """More columns: what whole sampling runs say of the finalists."""
@@ -279,7 +312,8 @@ def _winner(made: Search, space: Space, table: pd.DataFrame) -> dict[str, Any]:
     import bkprune
     from bkprune.masks import mask_record
 
-    first = int(table["chosen"].argmin()) if "chosen" in table else 0
+    has_run = "distilled" in table
+    first = 0 if has_run or "chosen" not in table else int(table["chosen"].argmin())
     best = json.loads(table.iloc[[first]].to_json(orient="records"))[0]
     removed = best.pop("removed").split()
     cost = space.table.cost_of(removed)
@@ -289,12 +323,21 @@ def _winner(made: Search, space: Space, table: pd.DataFrame) -> dict[str, Any]:
             b.text: {"limit": b.limit, "cost": getattr(cost, b.metric)} for b in made.budgets
         },
         "share_of_teacher": cost.relative_to(space.teacher),
-        "why": "least output error over samples that the search has not seen"
-        if "held_out" in best
-        else "least summed importance, proven optimal by integer programming",
+        "why": _why(best),
         "figures": best,
         "bkprune": bkprune.__version__,
     }
+
+
+def _why(figures: dict[str, Any]) -> str:
+    if "distilled" in figures:
+        return (
+            f"least output error after {figures['kd_steps']} steps of distillation, over samples "
+            "that were neither searched on nor learned from"
+        )
+    if "held_out" in figures:
+        return "least output error over samples that the search has not seen"
+    return "least summed importance, proven optimal by integer programming"
 
 
 def for_a_helper(words: list[str]) -> list[str]:

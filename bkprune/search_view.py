@@ -36,11 +36,17 @@ def print_finalists(table: pd.DataFrame, space: Space) -> None:
         ("measured", "stderr"),
         ("chosen", "chosen_stderr"),
         ("held_out", "held_out_stderr"),
+        ("kd_steps", None),
+        ("distilled", "distilled_stderr"),
+        ("behind", "behind_stderr"),
     ):
         if column in table and error is None:
             view[column] = [f"{value:.4g}" for value in table[column]]
         elif column in table:
             pairs = zip(table[column], table[error], strict=True)
             view[column.replace("_", " ")] = [f"{v:.4g} ± {e:.2g}" for v, e in pairs]
-    print_table(view, "Finalists: output error on samples searched, chosen on, and held out")
+    title = "Finalists: output error on samples searched, chosen on, and held out"
+    if "distilled" in table:
+        title += "; after so many steps of distillation, and behind the winner there"
+    print_table(view, title)
     notice(f"removed: {table['removed'].iloc[0]}")

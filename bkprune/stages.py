@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ RECORD, FORMAT = "run.json", 1
 _CACHE = "cache.json"
 _RUN, _STUDY = "{run}", "{study}"
 MODEL = "model"  # stands for the files of the model among what a stage reads
-_GROWS = frozenset(("--trials", "--timeout"))  # more of it goes on with what is there
+# with more or other of it, what is there is gone on with
+_GOES_ON = ("--trials", "--timeout", "--finalists", "--kd", "--kd-steps", "--kd-data")
+RACE = {"--objective", "distilled"}
+RECIPE = (
+    *("--lr", "--batch-size", "--accumulate", "--schedule", "--warmup", "--ema", "--optimiser"),
+    *("--clip-norm", "--precision", "--task", "--output", "--feature", "--normalise-features"),
+    "--snr-gamma",
+)
 _CAN_FORCE = ("analyze", "profile", "search", "prune")
 
 
@@ -73,18 +80,26 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
         add("analyze", (model, *in_run), (), (importance,))
     if "profile" in options:
         add("profile", (model, *in_run), (), (cost,))
-    if "search" in options:
-        add("search", (model, *in_run), (importance, cost), (winner, finalists))
     masks = [("winner", str(winner), run)] if "search" in options else []
     masks += [(name, name, run / "compared" / name) for name in asked.compare]
+    has_race = set(options.get("search", ())) >= RACE
     judged: list[str] = []
     seen: list[Path] = []
     cached = run / "cache" / _CACHE
     source, others = _split(options.get("distill", ()), ("--data", "--split"))
     is_cached = any((Path(word) / _CACHE).exists() for word in source)
-    if "distill" in options and len(masks) > 1 and not is_cached:  # encoded once for all students
-        own |= {"cache": source, "distill": (*others, "--data", str(cached.parent))}
+    is_shared = len(masks) > 1 or has_race
+    if "distill" in options and is_shared and not is_cached:  # encoded once for all students
+        source = ("--data", str(cached.parent))
+        own |= {"cache": _split(options["distill"], ("--data", "--split"))[0]}
+        own |= {"distill": (*others, *source)}
         add("cache", (model, "--out", str(cached.parent)), (), (cached,), "", cached.parent)
+    if "search" in options:
+        reads = [importance, cost]
+        if has_race and "distill" in options:  # ranked by the recipe that the winner will have
+            own |= {"search": (*own["search"], *_recipe(own["search"], others, source))}
+            reads += [cached] if "cache" in own else []
+        add("search", (model, *in_run), reads, (winner, finalists))
     for name, mask, folder in masks if "prune" in options else []:
         pruned, training = folder / "pruned", folder / "distillation"
         reads = [winner] if name == "winner" else []
@@ -111,6 +126,16 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
     every = dict.fromkeys(path for stage in out for path in stage.writes)
     out.append(Stage("report", "report", (str(run),), tuple(every), (run / "report.html",)))
     return out
+
+
+def _recipe(search: Sequence[str], distill: Sequence[str], source: Sequence[str]) -> Iterator[str]:
+    """Options of `distill` as the race of a search takes them, but for those it has of its own."""
+    if "--kd" not in search:
+        for name, values in _options(distill).items():
+            if name in RECIPE:
+                yield from ("--kd", f"{name.removeprefix('--')}={values[0] if values else 'true'}")
+    if "--kd-data" not in search and "--data" in source:
+        yield from ("--kd-data", source[source.index("--data") + 1])
 
 
 def _split(words: Sequence[str], names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -207,8 +232,8 @@ class Record:
         """The words to give: with `--force` where what is there was made otherwise."""
         words = [stage.command, *stage.words]
         change = self.change(stage)
-        grows = change.split(" ")[0] in _GROWS
-        needs_force = stage.command == "prune" or bool(change and not grows)
+        goes_on = change.split(" ")[0] in _GOES_ON
+        needs_force = stage.command == "prune" or bool(change and not goes_on)
         return [*words, "--force"] if needs_force and stage.command in _CAN_FORCE else words
 
     def begin(self, stage: Stage) -> None:

@@ -20,16 +20,18 @@ FLOORS = [
         "bypass study presets single_file counting cost machine series storage twin losses"
         " studyfile",
         "data models sampling metrics inception lpips graphs operators drawing masks grids"
-        " checkpoints stages",
+        " checkpoints stages halving",
         "calibration backends clip pictures skeleton space card comparing check ldm lora sources"
         " plots plots_cost plots_search plots_distill plots_eval protocols evidence",
-        "halving ablation latency measured memory program judging caching recipe export generation"
+        "ablation latency measured memory program judging caching recipe export generation"
         " features comparison estimates",
         "importance profiling proposals lessons judges speed sections",
         "distill measuring terminal search evaluate report",
         "profile_view search_view racing",
         "cli_analyze cli_profile cli_prune cli_run",
-        "search_job distill_job evaluate_job",
+        "distill_job evaluate_job",
+        "race_job",
+        "search_job",
         "cli_search cli_distill cli_evaluate",
         "cli",
     )

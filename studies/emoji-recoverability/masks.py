@@ -126,10 +126,14 @@ def chosen(spaced: Space, budget: str, table: pd.DataFrame, quality: Any) -> Ite
     knapsack = least_score(spaced, output, [limit])
     yield take(knapsack, "knapsack")
     yield take(greedy(spaced, output, [limit]), "greedy")
-    for name in ("bk-sdm-base", "bk-sdm-tiny") if budget != "0.65" else (
-        "bk-sdm-base",
-        "bk-sdm-small",
-        "bk-sdm-tiny",
+    for name in (
+        ("bk-sdm-base", "bk-sdm-tiny")
+        if budget != "0.65"
+        else (
+            "bk-sdm-base",
+            "bk-sdm-small",
+            "bk-sdm-tiny",
+        )
     ):
         if budget == "0.65":
             yield take(spaced.bits(preset(name, spaced.inventory)), name)

@@ -1,9 +1,7 @@
 """Which cheap score tells how good a mask will be once it is distilled?
 
     python masks.py              # which masks, build/masks.csv
-    python study.py              # trains and judges every one of them; resumes; see README of the
-                                 # report for how long
-    python study.py --report     # tables, figures and words from what is there
+    python recoverability.py     # trains and judges every one of them; resumes
 
 Every mask of a budget is distilled with the same recipe, order of data, noise and steps, side by
 side with others against one teacher pass (bkprune.racing), and judged on held-out captions. On the
@@ -24,7 +22,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bkprune.blocks import Inventory
 from bkprune.caching import Cache, CacheSettings, fill
 from bkprune.calibration import calibrate
 from bkprune.checkpoints import Checkpoints
@@ -34,7 +31,6 @@ from bkprune.models import load
 from bkprune.racing import Field
 from bkprune.recipe import DistillSettings
 from bkprune.sources import Source
-from bkprune.study import digest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -42,7 +38,7 @@ from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
 
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
 STEPS, RUNGS, BATCH, LR = 400, (10, 25, 50, 100, 200, 400), 8, 5e-4
-SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 256, 192
+SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 128, 192
 LEADING = ("measured search", "knapsack", "greedy", "bk-sdm", "near bk-sdm", "race winner")
 
 
@@ -104,20 +100,27 @@ def train(task: tuple[int, dict[str, str]]) -> list[dict[str, Any]]:
                     "seconds": (time.monotonic() - started) / len(masks),
                 }
             )
-    judge = Judge(teacher, N_PICTURES)
-    for name in masks:
-        student = made.student(name)
-        stamp = digest([made.settings.stamped, sorted(made.masks[name])])
-        state = Checkpoints(made.folder / name, stamp).latest()
-        assert state is not None and state["step"] == STEPS
-        student.load_state_dict(state["student"])
-        for metric, value in judge(student).items():
-            rows.append({"mask": name, "seed": seed, "step": STEPS, "metric": metric, "value": value})
     return rows
 
 
-def tasks(wanted: pd.DataFrame, seed: int, done: set[tuple[str, int]]) -> list[Any]:
-    """Groups of masks of one budget that are not judged yet."""
+def judge(task: tuple[int, str, str]) -> list[dict[str, Any]]:
+    """One finished student on held-out captions."""
+    torch.set_num_threads(1)
+    seed, name, removed = task
+    teacher = load("emoji", dtype=torch.float32)
+    made = field(teacher, {name: removed}, seed)
+    student = made.student(name)
+    state = Checkpoints(made.folder / name, made.stamp(name)).latest()
+    assert state is not None
+    assert state["step"] == STEPS
+    student.load_state_dict(state["student"])
+    found = Judge(teacher, N_PICTURES)(student)
+    about = {"mask": name, "seed": seed, "step": STEPS}
+    return [{**about, "metric": metric, "value": value} for metric, value in found.items()]
+
+
+def groups(wanted: pd.DataFrame, seed: int, done: set[tuple[str, int]]) -> list[Any]:
+    """Masks of one budget, side by side, that are not trained yet."""
     out = []
     for _, group in wanted.groupby("budget", sort=False):
         names = [m for m in group["mask"] if (m, seed) not in done]
@@ -132,20 +135,33 @@ def is_leading(source: str) -> bool:
     return source.startswith(LEADING) and not source.endswith("second")
 
 
+def run(work: Any, todo: list[Any], path: Path) -> None:
+    """In two processes of one thread each; the rows of each task are kept as soon as they come."""
+    rows: list[Any] = pd.read_csv(path).to_dict("records") if path.exists() else []
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for number, found in enumerate(pool.imap_unordered(work, todo), 1):
+            rows += found
+            pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+            print(f"{path.name}: {number} of {len(todo)}", flush=True)
+
+
+def known(path: Path) -> set[tuple[str, int]]:
+    if not path.exists():
+        return set()
+    rows = pd.read_csv(path)
+    return set(zip(rows["mask"], rows["seed"], strict=True))
+
+
 def train_all(seeds: int) -> None:
     masks = pd.read_csv(BUILD / "masks.csv", dtype={"budget": str})
-    path = BUILD / "results.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
     training_cache(load("emoji", dtype=torch.float32))
     for seed in range(seeds):
         wanted = masks if seed == 0 else masks[masks["source"].map(is_leading)]
-        done = {(r["mask"], r["seed"]) for r in rows if isinstance(r.get("metric"), str)}
-        todo = tasks(wanted, seed, done)
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            for found in pool.imap_unordered(train, todo):
-                rows += found
-                pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
-                print(f"seed {seed}: {len(rows)} rows", flush=True)
+        run(train, groups(wanted, seed, known(BUILD / "rungs.csv")), BUILD / "rungs.csv")
+        judged = known(BUILD / "final.csv")
+        rows = zip(wanted["mask"], wanted["removed"], strict=True)
+        todo = [(seed, name, str(removed)) for name, removed in rows if (name, seed) not in judged]
+        run(judge, todo, BUILD / "final.csv")
 
 
 if __name__ == "__main__":
