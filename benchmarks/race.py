@@ -87,9 +87,8 @@ def main() -> None:
         print(f"{way:9} {middle / options.students:.3f} s a student's step")
     ratios = sorted(a / b for a, b in zip(times["apart"], times["together"], strict=True))
     n = len(ratios)
-    print(
-        f"together is {ratios[n // 2]:.2f}x as fast ({ratios[n // 10]:.2f} .. {ratios[-n // 10]:.2f})"
-    )
+    low, middle, high = ratios[n // 10], ratios[n // 2], ratios[-n // 10]
+    print(f"together is {middle:.2f}x as fast ({low:.2f} .. {high:.2f})")
 
 
 if __name__ == "__main__":

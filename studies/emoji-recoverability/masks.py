@@ -117,11 +117,13 @@ def chosen(spaced: Space, budget: str, table: pd.DataFrame, quality: Any) -> Ite
     def is_new(bits: Bits, apart: int) -> bool:
         return all(int((bits ^ other).sum()) >= apart for other in taken)
 
-    def take(bits: Bits, source: str) -> tuple[Bits, str]:
+    def take(bits: Bits | None, source: str) -> tuple[Bits, str]:
+        assert bits is not None
         taken.append(bits)
         return bits, source
 
-    searched = [spaced.bits(str(removed).split()) for removed in candidates["removed"]]
+    read = [spaced.bits(str(removed).split()) for removed in candidates["removed"]]
+    searched = [bits for bits in read if bits is not None]
     yield take(searched[0], "measured search")
     knapsack = least_score(spaced, output, [limit])
     yield take(knapsack, "knapsack")
@@ -142,9 +144,9 @@ def chosen(spaced: Space, budget: str, table: pd.DataFrame, quality: Any) -> Ite
     other = next(b for b in searched if fits(spaced, b, limit) and is_new(b, APART))
     yield take(other, "measured search, second")
     many, _ = ranked(spaced, output, [limit], 4000)
-    other = next((b for b in many if fits(spaced, b, limit) and is_new(b, APART)), None)
-    if other is not None:
-        yield take(other, "additive search, second")
+    others = [b for b in many if fits(spaced, b, limit) and is_new(b, APART)]
+    if others:
+        yield take(others[0], "additive search, second")
     for criterion in ("taylor", "magnitude"):
         bits = least_score(spaced, scores_of(table, criterion, spaced.names), [limit])
         if bits is not None and is_new(bits, 1):
@@ -197,7 +199,10 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    made = pd.DataFrame(rows).drop_duplicates(["budget", "removed"], ignore_index=True)
+    made = pd.DataFrame(rows)
+    names = made.groupby(["budget", "removed"])["source"].transform(" + ".join)
+    made["source"] = names
+    made = made.drop_duplicates(["budget", "removed"], ignore_index=True)
     made.insert(1, "mask", [f"{b}-{i:02d}" for b, i in _numbered(made["budget"])])
     made.to_csv(BUILD / "masks.csv", index=False, float_format="%.4f")
 

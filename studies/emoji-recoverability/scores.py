@@ -73,12 +73,14 @@ def before_last(unet: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def refit(pipeline: Any, student: Any, drawn: Calibration) -> float:
     """Error on the second half after `conv_out` is fitted on the first by ridge regression."""
     half, scheduler = len(drawn) // 2, pipeline.scheduler
-    gram, cross, n = 0.0, 0.0, 0
+    width = 9 * student.conv_out.in_channels + 1
+    gram = torch.zeros(width, width, dtype=torch.double)
+    cross = torch.zeros(width, student.conv_out.out_channels, dtype=torch.double)
     errors = []
     for part, is_fit in ((drawn[:half], True), (drawn[half:], False)):
         if not is_fit:
-            scale = float(torch.trace(gram)) / len(gram)
-            weights = torch.linalg.solve(gram + RIDGE * scale * torch.eye(len(gram)), cross)
+            ridge = RIDGE * gram.trace() / width * torch.eye(width, dtype=torch.double)
+            weights = torch.linalg.solve(gram + ridge, cross)
         for _, batch in part.batches(BATCH):
             inputs = batch.inputs(scheduler, torch.float32)
             with torch.no_grad():
@@ -86,7 +88,8 @@ def refit(pipeline: Any, student: Any, drawn: Calibration) -> float:
             patches, _ = before_last(student, inputs)
             target = wanted.flatten(2).transpose(1, 2).flatten(0, 1).double()
             if is_fit:
-                gram, cross, n = gram + patches.T @ patches, cross + patches.T @ target, n + 1
+                gram += patches.T @ patches
+                cross += patches.T @ target
             else:
                 errors.append((patches @ weights - target).square().mean())
     return float(torch.stack(errors).mean())

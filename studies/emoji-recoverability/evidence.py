@@ -1,7 +1,7 @@
 """What the cheap scores are worth: tables, figures and words of the recoverability study.
 
-    python report.py --collect   # copies the tables of build/ into the report
-    python report.py             # figures and README.md from the report's own tables
+    python evidence.py --collect   # copies the tables of build/ into the report
+    python evidence.py             # figures and README.md from the report's own tables
 
 A score and the final quality are compared mask by mask within each budget: Kendall's tau over all
 pairs of masks of the same budget, its 95 % interval by resampling masks within budgets.
@@ -54,7 +54,7 @@ def finals() -> pd.DataFrame:
 def predictors(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a mask, one column a score; lower is predicted to be better."""
     scores = read("scores").set_index("mask").reindex(rows.index)
-    out = scores.drop(columns=[c for c in scores if c.startswith("seconds:")])
+    out = scores.drop(columns=[c for c in scores.columns if str(c).startswith("seconds:")])
     rungs = read("rungs")
     first = rungs[rungs["seed"] == 0].pivot_table(index="mask", columns="step", values="error")
     for step in list(first)[:-1]:
@@ -99,12 +99,9 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
 
 def seconds() -> dict[str, float]:
     """What each score costs a mask, in seconds of one thread."""
-    scores = read("scores")
-    found = {
-        c.removeprefix("seconds:"): float(scores[c].median())
-        for c in scores
-        if ":" in c and c.startswith("seconds")
-    }
+    scores, mark = read("scores"), "seconds:"
+    own = [str(c) for c in scores.columns if str(c).startswith(mark)]
+    found = {c.removeprefix(mark): float(scores[c].median()) for c in own}
     rungs = read("rungs")
     for step, group in rungs[rungs["seconds"] > 1].groupby("step"):
         found[f"KD {step} steps"] = float(group["seconds"].median())
@@ -154,7 +151,7 @@ def before_after_figure(rows: pd.DataFrame) -> Figure:
             for mask, row in own.iterrows():
                 axes.annotate(
                     str(mask).split("-")[1],
-                    (before[mask], row["output_error"]),
+                    (before[str(mask)], row["output_error"]),
                     size=6.5,
                     xytext=(3, 3),
                     textcoords="offset points",
@@ -178,7 +175,7 @@ def curve_figure(rows: pd.DataFrame) -> Figure:
     for axes, budget in zip(grid, budgets, strict=True):
         for mask in rows.index[rows["budget"] == budget]:
             own = rungs[rungs["mask"] == mask].sort_values("step")
-            source = rows.loc[mask, "source"]
+            source = str(rows["source"][str(mask)])
             is_searched = source.startswith(("measured", "additive", "knapsack", "greedy"))
             colour = "#c0392b" if is_searched else "#3b6fb6" if "bk-sdm" in source else "#c3c9d1"
             axes.plot(own["step"], own["error"], color=colour, lw=1.2)
@@ -195,8 +192,8 @@ def mask_table(rows: pd.DataFrame) -> str:
     rungs = read("rungs")
     short = rungs[(rungs["seed"] == 0) & (rungs["step"] == 50)].set_index("mask")["error"]
     lines = [
-        "| mask | chosen by | blocks | MACs | params | error, pruned | after 50 steps | final error | "
-        "CLIP score | Frechet |",
+        "| mask | chosen by | blocks | MACs | params | error, pruned | after 50 steps | "
+        "final error | CLIP score | Frechet |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for mask, row in rows.sort_values(
@@ -204,7 +201,7 @@ def mask_table(rows: pd.DataFrame) -> str:
     ).iterrows():
         lines.append(
             f"| {mask} | {row['source']} | {row['n_removed']} | {row['macs']:.3f}x | "
-            f"{row['params']:.2f}x | {before[mask]:.4f} | {short[mask]:.4f} | "
+            f"{row['params']:.2f}x | {before[str(mask)]:.4f} | {short[str(mask)]:.4f} | "
             f"{row['output_error']:.4f} | {row['clip_score']:.1f} | {row['frechet_clip']:.3f} |"
         )
     return "\n".join(lines)
