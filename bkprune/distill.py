@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -186,7 +187,9 @@ class Distillation:
             row["images_per_s"] = round(self.effective_batch / elapsed, 3)
             going.log.add(row)
             self.acc.log(row, step=self.step)  # to trackers, if there are any
-        self.schedule.step()
+        with warnings.catch_warnings():  # torch says so where the very first step was skipped
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
         return _shown(terms, is_good)
 
     def save(self) -> None:

@@ -16,7 +16,7 @@ from bkprune.blocks import Mask
 from bkprune.presets import PRESETS
 from bkprune.space import Array
 
-APART, BASELINES = 3, "|".join(["knapsack", "greedy", *PRESETS])
+APART, ROOMY, BASELINES = 3, "roomy", "|".join(["knapsack", "greedy", *PRESETS])
 Quality = Callable[[Mask], tuple[float, float]]  # what a mask loses, and its standard error
 Progress = Callable[[int, int, str], None]
 
@@ -63,12 +63,13 @@ def finalists(table: pd.DataFrame, n: int, along: str | None = None) -> pd.DataF
 def entrants(table: pd.DataFrame, n: int) -> pd.DataFrame:
     """Feasible candidates for a race, `n` at most, the best measured first.
 
-    The best, what people do today (knapsack, greedy, presets), then the best of those that differ
-    from all before in at least `APART` blocks: near copies would distil alike.
+    The best, what people do today (knapsack, greedy, presets), what keeps more parameters at the
+    same cost, then the best of those that differ from all before in at least `APART` blocks: near
+    copies would distil alike. Where there are too many of these, the best measured of them start.
     """
     table = table[table["feasible"]].reset_index(drop=True)
     removed = [frozenset(str(text).split()) for text in table["removed"]]
-    is_baseline = table["source"].str.contains(BASELINES, regex=True).to_numpy()
+    is_baseline = table["source"].str.contains(f"{BASELINES}|{ROOMY}", regex=True).to_numpy()
     chosen = [0, *(int(i) for i in np.flatnonzero(is_baseline) if i > 0)][:n]
     for apart in (APART, 1):
         for i in range(len(table)):

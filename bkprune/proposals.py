@@ -17,6 +17,7 @@ from bkprune.program import least_score
 from bkprune.space import Array, Bits, Budget, Space
 
 N_STARTS, N_RANDOM, N_CUTS = 6, 64, 100
+_CHARGES = (0.5, 1.0, 2.0, 4.0)  # as multiples of what a parameter is worth at the optimum
 _SPARE = 4  # times as many choices are reached as are ranked
 _LENGTHS, _NOISE = (2.0, 5.0, 12.0), (1e-4, 1e-3, 1e-2)
 
@@ -34,6 +35,22 @@ def greedy(space: Space, scores: Array, budgets: Sequence[Budget]) -> Bits | Non
         if not np.isfinite(value).any():
             return None
         bits[int(value.argmin())] = True
+
+
+def roomy(space: Space, scores: Array, budgets: Sequence[Budget]) -> list[Bits]:
+    """Choices that trade summed score for parameters that stay, the exact optimum of each trade.
+
+    What is left to learn with decides how far a mask recovers: at equal cost the masks that lose
+    least at once often keep the fewest parameters (reports/emoji-recoverability). A parameter that
+    goes is charged `k a / p`, where the optimum of the scores alone loses `a` with `p` parameters.
+    """
+    best = least_score(space, scores, budgets)
+    gone = space.saved("params")
+    if best is None or not best.any():
+        return []
+    charge = float(best @ scores) / max(float(best @ gone), 1.0)
+    found = [least_score(space, scores + k * charge * gone, budgets) for k in _CHARGES]
+    return [bits for bits in found if bits is not None]
 
 
 def random_feasible(

@@ -24,8 +24,8 @@ from bkprune.blocks import Inventory, Mask
 from bkprune.bypass import PrunedUNet
 from bkprune.caching import Cache
 from bkprune.calibration import Calibration
-from bkprune.distill import Distillation
-from bkprune.lessons import Lessons
+from bkprune.distill import Distillation, StoppedError
+from bkprune.lessons import Lesson, Lessons
 from bkprune.losses import taps
 from bkprune.measured import outputs
 from bkprune.recipe import DistillSettings
@@ -69,7 +69,8 @@ class Field:
         """Train the named students on to a step, each from its newest checkpoint.
 
         Returns:
-            For each the squared error against the teacher of every judged sample, `[N]`.
+            For each the squared error against the teacher of every judged sample, `[N]`; infinite
+            where its losses have run away.
         """
         missing = [name for name in names if not self.is_done(name, step)]
         starts = range(0, len(missing), self.together)
@@ -89,23 +90,35 @@ class Field:
         lessons = Lessons(
             teacher, list(tapped), self.cache, self._scheduler, self.settings, self._acc
         )
+        lost: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(lessons.opened())
             for name, run in runs.items():
                 stack.enter_context(run.opened(self.folder / name, self.stamp(name)))
-            while behind := [run for run in runs.values() if run.step < step]:
-                at = min(run.step for run in behind)
+            while behind := {n: r for n, r in runs.items() if r.step < step and n not in lost}:
+                at = min(run.step for run in behind.values())
                 given = list(lessons.of(at))
-                for run in behind:
-                    if run.step == at:
-                        run.learn(given)
-                        if run.step == step or run.step % self.settings.save_every == 0:
-                            run.save()
+                for name, run in behind.items():
+                    if run.step == at and not self._has_learned(run, given, step):
+                        lost.add(name)
                 told(at + 1)
         for name, run in runs.items():
+            run.use_average()
+            run.student.eval()
+            worst = np.full(len(self.judged), np.inf)
             data = io.BytesIO()
-            np.save(data, self.errors(run.student.eval()))
+            np.save(data, worst if name in lost else self.errors(run.student))
             write_atomic(self._errors(name, step), data.getvalue())
+
+    def _has_learned(self, run: Distillation, given: Sequence[Lesson], step: int) -> bool:
+        """One step of one student; False if its losses have run away: the others go on."""
+        try:
+            run.learn(given)
+        except StoppedError:
+            return False
+        if run.step == step or run.step % self.settings.save_every == 0:
+            run.save()
+        return True
 
     def errors(self, unet: Any) -> Array:
         """Squared error against the teacher of every judged sample, `[N]`."""

@@ -26,7 +26,7 @@ from bkprune.blocks import Grain
 from bkprune.judging import Progress, Quality, on_front
 from bkprune.presets import PRESETS, preset
 from bkprune.program import least_score
-from bkprune.proposals import greedy, propose, random_feasible, ranked
+from bkprune.proposals import greedy, propose, random_feasible, ranked, roomy
 from bkprune.space import Array, Bits, Budget, InfeasibleError, Space
 from bkprune.storage import is_dead, worker
 
@@ -233,6 +233,8 @@ class Search:
         for budgets in self.levels:
             found.append((least_score(self.space, self.scores, budgets), "knapsack"))
             found.append((greedy(self.space, self.scores, budgets), "greedy"))
+            if self.settings.objective == "distilled":
+                found += [(bits, "roomy") for bits in roomy(self.space, self.scores, budgets)]
         for name in PRESETS:
             try:
                 found.append((self.space.bits(preset(name, self.space.inventory)), name))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from bkprune import plots, plots_cost, plots_distill, plots_search
 from bkprune.comparison import comparison
@@ -26,8 +27,11 @@ def sections(run: Run) -> Iterator[Section]:
     yield comparison(run)
     yield _pictures(run)
     yield _front(run)
-    yield _blocks(run)
-    yield _timesteps(run)
+    important: dict[str, Figure] = {}
+    if run.blocks is not None and run.importance is not None:
+        important = dict(plots.importance_figures(run.blocks, run.importance))
+    yield _blocks(run, important)
+    yield _timesteps(run, important)
     yield _prediction(run)
     yield _training(run)
     yield _how(run)
@@ -154,7 +158,7 @@ _SEARCH = {
 }
 
 
-def _blocks(run: Run) -> Section:
+def _blocks(run: Run, important: Mapping[str, Figure]) -> Section:
     out = Section("blocks", "What every block is worth, and what it costs")
     if run.blocks is None or (run.importance is None and run.cost is None):
         out.missing = "Blocks were neither ablated nor profiled."
@@ -162,7 +166,7 @@ def _blocks(run: Run) -> Section:
     if run.importance is None:
         out.words.append("Importance was not measured.")
     else:
-        for name, figure in plots.importance_figures(run.blocks, run.importance):
+        for name, figure in important.items():
             if not name.startswith("timesteps"):
                 words = "where it stands in the U" if name.startswith("u_") else "ranked"
                 criterion = name.split("_", 1)[1].removesuffix(".png")
@@ -180,14 +184,13 @@ def _blocks(run: Run) -> Section:
     return out
 
 
-def _timesteps(run: Run) -> Section:
+def _timesteps(run: Run, important: Mapping[str, Figure]) -> Section:
     out = Section("timesteps", "When a block matters")
     found = []
-    if run.blocks is not None and run.importance is not None:
-        for name, figure in plots.importance_figures(run.blocks, run.importance):
-            if name.startswith("timesteps"):
-                caption = "Loss without each block by timestep bin; bin 0 is the least noisy."
-                found.append(run.draw(name.removesuffix(".png"), figure, caption))
+    for name, figure in important.items():
+        if name.startswith("timesteps"):
+            caption = "Loss without each block by timestep bin; bin 0 is the least noisy."
+            found.append(run.draw(name.removesuffix(".png"), figure, caption))
     out.figures += found
     if not found:
         out.missing = "Importance was not measured by timestep."

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -64,6 +63,8 @@ def median_interval(values: Array) -> tuple[float, float]:
     high = float(ordered[min(n - 1, int(np.ceil(n / 2 + reach)) - 1)])
     n_stretches = min(10, n // 3)
     if n_stretches >= 4:
+        from scipy import stats  # slow to import, and reports do without
+
         medians = [np.median(part) for part in np.array_split(values, n_stretches)]
         spread = stats.t.ppf(0.975, n_stretches - 1) * np.std(medians, ddof=1) / n_stretches**0.5
         middle = float(np.median(values))
@@ -115,6 +116,8 @@ class Rounds:
 
 def accuracy(compared: pd.DataFrame) -> dict[str, float]:
     """How well predicted times fit measured ones: MAPE in per cent, Spearman, Kendall."""
+    from scipy import stats
+
     predicted, measured = compared["predicted_ms"], compared["measured_ms"]
     return {
         "mape_percent": 100 * float((predicted / measured - 1).abs().mean()),

@@ -165,6 +165,25 @@ def test_a_student_goes_on_rather_than_start_again(tmp_path: Path) -> None:
     assert not again.is_done("01", 8)
 
 
+def test_a_student_that_runs_away_is_lost_alone(tmp_path: Path) -> None:
+    made = field(tmp_path, settings=quick(steps=20, save_every=100))
+    poor = made.student("00").state_dict()
+    whole = Field.student
+
+    def student(self: Field, name: str) -> PrunedUNet:
+        found = whole(self, name)
+        if name == "01":
+            found.conv_out.weight.data.fill_(float("nan"))
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Field, "student", student)
+        found = made.advance(["00", "01"], 14)
+    assert np.isinf(found["01"]).all()
+    assert np.isfinite(found["00"]).all()
+    assert any(not torch.equal(weight, poor[key]) for key, weight in trained(made, "00").items())
+
+
 def test_the_teacher_is_asked_once_for_all(tmp_path: Path) -> None:
     made = field(tmp_path)
     asked = []

@@ -39,7 +39,7 @@ from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
 STEPS, RUNGS, BATCH, LR = 400, (10, 25, 50, 100, 200, 400), 8, 5e-4
 SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 128, 192
-LEADING = ("measured search", "knapsack", "greedy", "bk-sdm", "near bk-sdm", "race winner")
+LEADING = ("measured search", "greedy", "bk-sdm-base", "bk-sdm-tiny", "race winner")
 
 
 def settings(seed: int) -> DistillSettings:
@@ -132,7 +132,7 @@ def groups(wanted: pd.DataFrame, seed: int, done: set[tuple[str, int]]) -> list[
 
 
 def is_leading(source: str) -> bool:
-    return source.startswith(LEADING) and not source.endswith("second")
+    return any(name in source for name in LEADING) and "second" not in source
 
 
 def run(work: Any, todo: list[Any], path: Path) -> None:
