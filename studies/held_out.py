@@ -26,9 +26,11 @@ N_ERRORS, SAMPLING = 320, SamplingSettings(10, 3.0, 77, 32)
 class Judge:
     """Judges any U-Net in the teacher's place."""
 
-    def __init__(self, teacher: Any, n_pictures: int = 256) -> None:
+    def __init__(
+        self, teacher: Any, n_pictures: int = 256, sampling: SamplingSettings = SAMPLING
+    ) -> None:
         held = read_pairs(PAIRS).split("heldout")
-        self.teacher = teacher
+        self.teacher, self.sampling = teacher, sampling
         self.inputs = calibrate(
             teacher, held, n=N_ERRORS, n_bins=8, seed=5, batch_size=32, sampling=SAMPLING
         )
@@ -46,7 +48,7 @@ class Judge:
         errors = self.errors(unet)
         own, self.teacher.unet = self.teacher.unet, unet
         try:
-            latents = sample_latents(self.teacher, self.prompts, SAMPLING)
+            latents = sample_latents(self.teacher, self.prompts, self.sampling)
         finally:
             self.teacher.unet = own
         pictures = decode(self.teacher.vae, latents, 32)

@@ -260,6 +260,39 @@ def test_stages_follow_from_the_sections(tmp_path: Path) -> None:
     assert record.why(stages[0]).endswith("mask.json is missing")
 
 
+def test_a_race_learns_by_the_recipe_of_the_study(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    one = ("objective", "kd-steps", "data", "steps", "lr", "feature")
+    every = [Option(name, False, False, False) for name in one]
+    every += [Option(name, False, False, True) for name in ("budget", "kd")]
+    every.append(Option("normalise-features", True, False, False))
+    options = dict.fromkeys(("search", "prune", "distill"), every)
+    search = '[search]\nbudget=["macs<=0.7x"]\nobjective="distilled"\nkd-steps=50\n'
+    distill = '[distill]\ndata="d"\nsteps=900\nlr=1e-3\nfeature=0.0\nnormalise-features=true\n'
+    path.write_text(f'[study]\nmodel="m"\n{search}[prune]\n{distill}')
+    found = read(path, options, (), lambda command, words: None, ())
+    run = tmp_path / "run"
+    stages = {stage.name: stage for stage in stages_of(found, run)}
+    assert list(stages)[:2] == ["cache", "search"]
+    assert stages["search"].reads[-1] == run / "cache" / "cache.json"
+    words = stages["search"].words
+    given = [words[i + 1] for i, word in enumerate(words) if word == "--kd"]
+    assert given == ["lr=0.001", "feature=0.0", "normalise-features=true"]
+    assert words[words.index("--kd-data") + 1] == str(run / "cache")
+    path.write_text(f'[study]\nmodel="m"\n{search}kd=["lr=1"]\n[prune]\n{distill}')
+    own = {s.name: s for s in stages_of(read(path, options, (), lambda c, w: None, ()), run)}
+    assert [w for w in own["search"].words if w.startswith("lr=")] == ["lr=1"]
+    record = Record(run, found)
+    record.begin(stages["search"])
+    record.finish(stages["search"], 1.0)
+    path.write_text(
+        path.read_text().replace("kd-steps=50", "kd-steps=80").replace('kd=["lr=1"]', "")
+    )
+    later = {s.name: s for s in stages_of(read(path, options, (), lambda c, w: None, ()), run)}
+    assert record.why(later["search"]) == "--kd-steps was 50, now 80"
+    assert "--force" not in record.words(later["search"])  # its trials are as good as they were
+
+
 def test_a_study_may_be_moved(finished: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(finished, moved, copy_function=shutil.copy2)

@@ -10,6 +10,7 @@ pairs of masks of the same budget, its 95 % interval by resampling masks within 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ LABELS = {
     "clip_score": "CLIP score",
     "frechet_clip": "Frechet, CLIP",
 }
-N_RESAMPLED = 2000
+N_RESAMPLED, N_BEST, WHOLE_MACS = 2000, 8, 246_558_720
 Array = NDArray[np.float64]
 
 
@@ -59,6 +60,12 @@ def predictors(rows: pd.DataFrame) -> pd.DataFrame:
     first = rungs[rungs["seed"] == 0].pivot_table(index="mask", columns="step", values="error")
     for step in list(first)[:-1]:
         out[f"KD {step} steps"] = first[step].reindex(rows.index)
+    *steps, last = (int(str(step)) for step in first)
+    for before, now in itertools.pairwise(steps[2:]):  # a power law through the last two rungs
+        slope = np.log(first[now] / first[before]) / np.log(now / before)
+        out[f"KD {now} steps, extrapolated"] = (
+            first[now] * np.exp(slope * np.log(last / now))
+        ).reindex(rows.index)
     return out
 
 
@@ -84,16 +91,19 @@ def taus(score: Array, final: Array, budgets: NDArray[Any]) -> tuple[float, floa
 
 
 def correlations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Tau of every score with every final figure."""
-    budgets = rows["budget"].to_numpy()
-    out = []
+    """Tau of every score with every final figure; `best` are the eight of least measured error."""
     table = predictors(rows)
-    for name in table:
-        for metric, sign in FINAL.items():
-            tau, low, high = taus(
-                table[name].to_numpy(dtype=float), sign * rows[metric].to_numpy(), budgets
-            )
-            out.append({"score": name, "final": metric, "tau": tau, "low": low, "high": high})
+    measured = table["measured"].groupby(rows["budget"])
+    is_best = (measured.rank() <= N_BEST).to_numpy()
+    out = []
+    for among, chosen in (("all", np.ones(len(rows), dtype=bool)), ("best", is_best)):
+        budgets = rows["budget"].to_numpy()[chosen]
+        for name in table:
+            score = table[name].to_numpy(dtype=float)[chosen]
+            for metric, sign in FINAL.items():
+                tau, low, high = taus(score, sign * rows[metric].to_numpy()[chosen], budgets)
+                row = {"among": among, "score": name, "final": metric}
+                out.append({**row, "tau": tau, "low": low, "high": high})
     return pd.DataFrame(out)
 
 
@@ -210,19 +220,97 @@ def mask_table(rows: pd.DataFrame) -> str:
 def tau_table(table: pd.DataFrame) -> str:
     cost = seconds()
     lines = [
-        "| score | seconds a mask | final output error | final CLIP score | final Frechet |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| score | seconds a mask | final output error | the same, best eight | "
+        "final CLIP score | final Frechet |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    order = table[table["final"] == "output_error"].sort_values("tau", ascending=False)["score"]
-    for name in order:
+    found = {(r["among"], r["final"], r["score"]): r for r in table.to_dict("records")}
+    names = sorted(set(table["score"]), key=lambda n: -found["all", "output_error", n]["tau"])
+    for name in names:
         cells = []
-        for metric in FINAL:
-            row = table[(table["score"] == name) & (table["final"] == metric)].iloc[0]
+        for among, metric in (
+            ("all", "output_error"),
+            ("best", "output_error"),
+            ("all", "clip_score"),
+            ("all", "frechet_clip"),
+        ):
+            row = found[among, metric, name]
             cells.append(f"{row['tau']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})")
-        known = cost.get(name, cost.get(name.partition(":")[0]))
-        lines.append(
-            f"| {name} | {'' if known is None else f'{known:.1f}'} | {' | '.join(cells)} |"
+        took = cost.get(name, cost.get(name.partition(":")[0]))
+        lines.append(f"| {name} | {'' if took is None else f'{took:.1f}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def race_table(rows: pd.DataFrame) -> str:
+    """The finalists of each race, the winner first, with their place at the very end."""
+    races = read("races")
+    lines = [
+        "| budget | chosen by | MACs | error, pruned | KD steps | error there | behind the winner | "
+        "final error | place |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    whole = {frozenset(str(r["removed"]).split()): r for r in rows.to_dict("records")}
+    for budget, group in races.groupby("budget", sort=False):
+        places = rows[rows["budget"] == budget]["output_error"].rank()
+        by_error = dict(zip(rows[rows["budget"] == budget]["output_error"], places, strict=True))
+        for row in group.to_dict("records"):
+            end = whole.get(frozenset(str(row["removed"]).split()))
+            final = "" if end is None else f"{end['output_error']:.4f}"
+            place = "" if end is None else f"{by_error[end['output_error']]:.0f} of {len(places)}"
+            behind = f"{row['behind']:.4f} ± {row['behind_stderr']:.4f}" if row["behind"] else ""
+            lines.append(
+                f"| {budget}x | {row['source']} | {row['macs'] / WHOLE_MACS:.3f}x | "
+                f"{row['chosen']:.4f} | {row['kd_steps']} | {row['distilled']:.4f} | {behind} | "
+                f"{final} | {place} |"
+            )
+        took = float(group["seconds"].iloc[0]) / 60
+        lines.append(f"| | {len(group)} finalists in {took:.1f} min, the search's end included |")
+    return "\n".join(lines)
+
+
+def race_taus(rows: pd.DataFrame) -> str:
+    """Among the finalists: the race's order, and the order before it, against the final error."""
+    races, whole = (
+        read("races"),
+        {frozenset(str(r["removed"]).split()): r for r in rows.to_dict("records")},
+    )
+    races["final"] = [
+        whole.get(frozenset(str(text).split()), {}).get("output_error", np.nan)
+        for text in races["removed"]
+    ]
+    known = races.dropna(subset=["final"])
+    budgets, final = known["budget"].to_numpy(), known["final"].to_numpy(dtype=float)
+    place: Array = known.groupby("budget").cumcount().to_numpy().astype(np.float64)
+    before = known["chosen"].to_numpy(dtype=float)
+    cells = [
+        f"{name} {tau:+.2f} ({low:+.2f} to {high:+.2f})"
+        for name, (tau, low, high) in (
+            ("the race's order", taus(place, final, budgets)),
+            ("the error right after pruning", taus(before, final, budgets)),
         )
+    ]
+    return (
+        f"Kendall's tau with the final error among the {len(known)} finalists whose end is known: "
+        f"{', '.join(cells)}."
+    )
+
+
+def seed_table() -> str:
+    """The leading masks over seeds, paired with the best of BK-SDM's at the same budget."""
+    values, masks = read("final"), read("masks").set_index("mask")
+    errors = values[values["metric"] == "output_error"]
+    table = errors.pivot_table(index="mask", columns="seed", values="value").dropna()
+    if table.shape[1] < 2:
+        return ""
+    lines = [
+        "The leading masks with other seeds (order of data, noise, timesteps), final output error:",
+        "",
+        "| mask | chosen by | " + " | ".join(f"seed {seed}" for seed in table) + " |",
+        "| --- | --- |" + " ---: |" * table.shape[1],
+    ]
+    for mask, row in table.iterrows():
+        cells = " | ".join(f"{value:.4f}" for value in row)
+        lines.append(f"| {mask} | {masks['source'][str(mask)]} | {cells} |")
     return "\n".join(lines)
 
 
@@ -235,13 +323,19 @@ def main() -> None:
     table = correlations(rows)
     table.to_csv(REPORT / "correlations.csv", index=False, float_format="%.3f")
     for name, figure in (
-        ("tau", tau_figure(table)),
+        ("tau", tau_figure(table[table["among"] == "all"])),
         ("before-after", before_after_figure(rows)),
         ("curves", curve_figure(rows)),
     ):
         (REPORT / f"{name}.png").write_bytes(png(figure))
     text = (HERE / "report.md").read_text(encoding="utf-8")
-    text = text.replace("MASKS", mask_table(rows)).replace("TAUS", tau_table(table))
+    for mark, made in (
+        ("MASKS", mask_table(rows)),
+        ("TAUS", tau_table(table)),
+        ("RACES", f"{race_table(rows)}\n\n{race_taus(rows)}"),
+        ("SEEDS", seed_table()),
+    ):
+        text = text.replace(mark, made)
     (REPORT / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -19,12 +19,12 @@ from recoverability import BATCH, LR
 
 HERE = Path(__file__).parent
 BUILD = HERE / "build"
-KD_STEPS, FINALISTS, JUDGED = 100, 8, 256
+KD_STEPS, FINALISTS, JUDGED = 100, 8, 192
 
 
 def command(budget: str) -> list[str]:
     words = ["bkprune", "search", "emoji", "--budget", f"macs<={BUDGETS[budget]}x"]
-    words += ["--trials", str(TRIALS), "--judged", str(JUDGED), "--objective", "distilled"]
+    words += ["--trials", str(TRIALS + 4), "--judged", str(JUDGED), "--objective", "distilled"]
     words += ["--finalists", str(FINALISTS), "--kd-steps", str(KD_STEPS)]
     words += ["--kd-data", str(BUILD / "cache"), "--out", str(BUILD / f"search-{budget}")]
     for word in (f"lr={LR}", f"batch-size={BATCH}", "schedule=cosine", "warmup=10"):

@@ -12,6 +12,7 @@ nor held out: what a race would see.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import time
@@ -30,6 +31,7 @@ from bkprune.losses import LossSettings
 from bkprune.models import load
 from bkprune.racing import Field
 from bkprune.recipe import DistillSettings
+from bkprune.sampling import SamplingSettings
 from bkprune.sources import Source
 
 HERE = Path(__file__).parent
@@ -38,7 +40,8 @@ from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
 
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
 STEPS, RUNGS, BATCH, LR = 400, (10, 25, 50, 100, 200, 400), 8, 5e-4
-SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 128, 192
+SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 96, 192
+PICTURES = SamplingSettings(7, 3.0, 77, 32)
 LEADING = ("measured search", "greedy", "bk-sdm-base", "bk-sdm-tiny", "race winner")
 
 
@@ -103,18 +106,24 @@ def train(task: tuple[int, dict[str, str]]) -> list[dict[str, Any]]:
     return rows
 
 
+@functools.cache
+def held_out_judge() -> Judge:
+    """Made once a process."""
+    return Judge(load("emoji", dtype=torch.float32), N_PICTURES, PICTURES)
+
+
 def judge(task: tuple[int, str, str]) -> list[dict[str, Any]]:
     """One finished student on held-out captions."""
     torch.set_num_threads(1)
     seed, name, removed = task
-    teacher = load("emoji", dtype=torch.float32)
-    made = field(teacher, {name: removed}, seed)
+    judged_by = held_out_judge()
+    made = field(judged_by.teacher, {name: removed}, seed)
     student = made.student(name)
     state = Checkpoints(made.folder / name, made.stamp(name)).latest()
     assert state is not None
     assert state["step"] == STEPS
     student.load_state_dict(state["student"])
-    found = Judge(teacher, N_PICTURES)(student)
+    found = judged_by(student)
     about = {"mask": name, "seed": seed, "step": STEPS}
     return [{**about, "metric": metric, "value": value} for metric, value in found.items()]
 

@@ -1,6 +1,6 @@
 """Cheap scores of every mask, before any distillation, and what each costs to compute.
 
-    python scores.py     # build/scores.csv; resumes; about ten seconds a mask
+    python scores.py     # build/scores.csv; resumes; about eight seconds a mask
 
 For one sample let `eps` be the teacher's output, `eps_m` the masked one's, `y` the noise:
 
@@ -9,7 +9,7 @@ For one sample let `eps` be the teacher's output, `eps_m` the masked one's, `y` 
     task           E ||eps_m - y||^2
     latent         shift of final latents of sampling runs (LD-Pruner)
     refit          measured, after conv_out is fitted to eps by least squares: a closed form
-    few steps      measured, after eight AdamW steps on one frozen batch
+    few steps      measured, after six AdamW steps on one frozen batch
     params         share of the teacher's parameters that is gone; blocks and pairs likewise
     slope          squared norm of the gradient of log measured: how fast it begins to fall, negated
 """
@@ -35,7 +35,7 @@ from bkprune.sampling import SamplingSettings
 
 HERE = Path(__file__).parent
 BUILD = HERE / "build"
-N, BATCH, N_BINS, N_PROMPTS, FEW, LR, RIDGE = 192, 16, 8, 16, 8, 5e-4, 1e-4
+N, BATCH, N_BINS, N_PROMPTS, FEW, LR, RIDGE = 96, 16, 8, 12, 6, 5e-4, 1e-4
 
 
 def additive(mask: Mask, table: pd.DataFrame) -> dict[str, float]:
@@ -97,7 +97,7 @@ def refit(pipeline: Any, student: Any, drawn: Calibration) -> float:
 
 def learned(pipeline: Any, student: Any, drawn: Calibration) -> tuple[float, float]:
     """Error on fresh samples after a few steps on one batch, and the slope of the log before."""
-    batch, fresh = drawn[: 2 * BATCH], drawn[2 * BATCH : 6 * BATCH]
+    batch, fresh = drawn[:BATCH], drawn[BATCH : 4 * BATCH]
     scheduler = pipeline.scheduler
     inputs = batch.inputs(scheduler, torch.float32)
     with torch.no_grad():
