@@ -245,16 +245,16 @@ def race_table(rows: pd.DataFrame) -> str:
     """The finalists of each race, the winner first, with their place at the very end."""
     races = read("races")
     lines = [
-        "| budget | chosen by | MACs | error, pruned | KD steps | error there | behind the winner | "
-        "final error | place |",
+        "| budget | chosen by | MACs | error, pruned | KD steps | error there | "
+        "behind the winner | final error | place |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    whole = {frozenset(str(r["removed"]).split()): r for r in rows.to_dict("records")}
+    whole = {(r["budget"], frozenset(r["removed"].split())): r for r in rows.to_dict("records")}
     for budget, group in races.groupby("budget", sort=False):
         places = rows[rows["budget"] == budget]["output_error"].rank()
         by_error = dict(zip(rows[rows["budget"] == budget]["output_error"], places, strict=True))
         for row in group.to_dict("records"):
-            end = whole.get(frozenset(str(row["removed"]).split()))
+            end = whole.get((budget, frozenset(str(row["removed"]).split())))
             final = "" if end is None else f"{end['output_error']:.4f}"
             place = "" if end is None else f"{by_error[end['output_error']]:.0f} of {len(places)}"
             behind = f"{row['behind']:.4f} ± {row['behind_stderr']:.4f}" if row["behind"] else ""

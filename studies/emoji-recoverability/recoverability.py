@@ -42,7 +42,7 @@ BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverabil
 STEPS, RUNGS, BATCH, LR = 400, (10, 25, 50, 100, 200, 400), 8, 5e-4
 SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 96, 192
 PICTURES = SamplingSettings(7, 3.0, 77, 32)
-LEADING = ("measured search", "greedy", "bk-sdm-base", "bk-sdm-tiny", "race winner")
+LEADING = ("race winner", "measured search", "bk-sdm-base")
 
 
 def settings(seed: int) -> DistillSettings:
