@@ -19,8 +19,6 @@ import pandas as pd
 from bkprune.terminal import notice, progress_bar
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
     from bkprune.blocks import Mask
     from bkprune.caching import Cache
     from bkprune.calibration import Calibration
@@ -69,7 +67,7 @@ def run_race(
     data: tuple[str, str | None],
     seed: int,
     folder: Path,
-    storage: tuple[BaseStorage, str],
+    storage: tuple[Any, str],
     *,
     quiet: bool,
 ) -> pd.DataFrame:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from bkprune import plots, plots_cost, plots_distill, plots_search
 from bkprune.comparison import comparison
@@ -27,7 +26,7 @@ def sections(run: Run) -> Iterator[Section]:
     yield comparison(run)
     yield _pictures(run)
     yield _front(run)
-    important: dict[str, Figure] = {}
+    important: dict[str, Any] = {}
     if run.blocks is not None and run.importance is not None:
         important = dict(plots.importance_figures(run.blocks, run.importance))
     yield _blocks(run, important)
@@ -158,7 +157,7 @@ _SEARCH = {
 }
 
 
-def _blocks(run: Run, important: Mapping[str, Figure]) -> Section:
+def _blocks(run: Run, important: Mapping[str, Any]) -> Section:
     out = Section("blocks", "What every block is worth, and what it costs")
     if run.blocks is None or (run.importance is None and run.cost is None):
         out.missing = "Blocks were neither ablated nor profiled."
@@ -184,7 +183,7 @@ def _blocks(run: Run, important: Mapping[str, Figure]) -> Section:
     return out
 
 
-def _timesteps(run: Run, important: Mapping[str, Figure]) -> Section:
+def _timesteps(run: Run, important: Mapping[str, Any]) -> Section:
     out = Section("timesteps", "When a block matters")
     found = []
     for name, figure in important.items():

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from bkprune.drawing import plain, png
+from bkprune.drawing import logarithmic, plain, png
 
 HERE = Path(__file__).parent
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
@@ -147,14 +147,14 @@ def before_after_figure(rows: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(4.0 * len(budgets), 3.8), layout="constrained")
     grid = figure.subplots(1, len(budgets), squeeze=False)[0]
     styles = (
-        ("searches", ("measured", "additive", "knapsack", "greedy"), "o", "#c0392b"),
-        ("BK-SDM and near", ("bk-sdm", "near"), "s", "#3b6fb6"),
-        ("other choices", ("most",), "D", "#6b7280"),
-        ("random", ("random", "high", "middling"), "^", "#9aa5b1"),
+        ("searches", "measured|additive|knapsack|greedy", "o", "#c0392b"),
+        ("roomy", "roomy|^race winner$", "D", "#2e8b57"),
+        ("BK-SDM and near", "bk-sdm", "s", "#3b6fb6"),
+        ("random", "random|loss|most", "^", "#9aa5b1"),
     )
     for axes, budget in zip(grid, budgets, strict=True):
-        for label, starts, marker, colour in styles:
-            own = rows[(rows["budget"] == budget) & rows["source"].str.startswith(starts)]
+        for label, names, marker, colour in styles:
+            own = rows[(rows["budget"] == budget) & rows["source"].str.contains(names)]
             axes.plot(
                 before[own.index], own["output_error"], marker, color=colour, label=label, ms=5
             )
@@ -168,6 +168,8 @@ def before_after_figure(rows: pd.DataFrame) -> Figure:
                 )
         axes.set(xscale="log", yscale="log", title=f"MACs {budget}x")
         axes.set_xlabel("output error right after pruning", size=8.5)
+        for axis in (axes.xaxis, axes.yaxis):
+            logarithmic(axis)
         axes.tick_params(labelsize=8)
         plain(axes)
     grid[0].set_ylabel("output error after distillation", size=8.5)
@@ -186,8 +188,9 @@ def curve_figure(rows: pd.DataFrame) -> Figure:
         for mask in rows.index[rows["budget"] == budget]:
             own = rungs[rungs["mask"] == mask].sort_values("step")
             source = str(rows["source"][str(mask)])
-            is_searched = source.startswith(("measured", "additive", "knapsack", "greedy"))
-            colour = "#c0392b" if is_searched else "#3b6fb6" if "bk-sdm" in source else "#c3c9d1"
+            is_searched = any(n in source for n in ("search", "knapsack", "greedy"))
+            colour = "#3b6fb6" if "bk-sdm" in source else "#c0392b" if is_searched else "#c3c9d1"
+            colour = "#2e8b57" if source.startswith("roomy") or source == "race winner" else colour
             axes.plot(own["step"], own["error"], color=colour, lw=1.2)
         axes.set(
             xscale="log", yscale="log", title=f"MACs {budget}x", xlabel="steps of distillation"
