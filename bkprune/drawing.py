@@ -34,12 +34,11 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def png_and_svg(figure: Figure) -> tuple[bytes, bytes]:
-    """Both, laid out once; the same bytes for the same figure."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    """Both, laid out once, with the first; the same bytes for the same figure."""
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "bkprune"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")
     return png(figure, 110), buffer.getvalue()
 
 

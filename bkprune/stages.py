@@ -93,13 +93,21 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
         source = ("--data", str(cached.parent))
         own |= {"cache": _split(options["distill"], ("--data", "--split"))[0]}
         own |= {"distill": (*others, *source)}
-        add("cache", (model, "--out", str(cached.parent)), (), (cached,), "", cached.parent)
+
+    def add_cache() -> None:
+        if "cache" in own:
+            add("cache", (model, "--out", str(cached.parent)), (), (cached,), "", cached.parent)
+
+    if has_race:
+        add_cache()
     if "search" in options:
         reads = [importance, cost]
         if has_race and "distill" in options:  # ranked by the recipe that the winner will have
             own |= {"search": (*own["search"], *_recipe(own["search"], others, source))}
             reads += [cached] if "cache" in own else []
         add("search", (model, *in_run), reads, (winner, finalists))
+    if not has_race:
+        add_cache()
     for name, mask, folder in masks if "prune" in options else []:
         pruned, training = folder / "pruned", folder / "distillation"
         reads = [winner] if name == "winner" else []

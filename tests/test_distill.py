@@ -314,7 +314,10 @@ def test_sigterm_saves_first(pruned: Path, cached: Path, tmp_path: Path) -> None
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{n:08d}"]
 
 
-def test_what_a_run_leaves(pruned: Path, cached: Path, tmp_path: Path) -> None:
+def test_what_a_run_leaves(
+    pruned: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bkprune.distill_job.PREVIEW_STEPS", 2)
     out = tmp_path / "out"
     words = words_of(pruned, cached, out, "--preview-every", "4", "--steps", "4")
     result = CliRunner().invoke(app, words)

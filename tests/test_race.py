@@ -130,9 +130,9 @@ def trained(made: Field, name: str) -> dict[str, torch.Tensor]:
     "losses", [LossSettings(), LossSettings(feature=0.0)], ids=["features", "output"]
 )
 def test_side_by_side_is_what_each_alone_would_learn(losses: LossSettings, tmp_path: Path) -> None:
-    settings = quick(steps=8, save_every=100, losses=losses, accumulate=2)
+    settings = quick(steps=4, save_every=100, losses=losses, accumulate=2)
     made = field(tmp_path, settings=settings)
-    found = made.advance(list(TINY_MASKS), 8)
+    found = made.advance(list(TINY_MASKS), 4)
     for name, mask in TINY_MASKS.items():
         inventory = Inventory.of(made.pipeline.unet)
         plan = inventory.plan(mask)

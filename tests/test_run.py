@@ -51,7 +51,7 @@ data = "pairs"
 steps = 4
 batch-size = 4
 save-every = 1
-preview-every = 4
+preview-every = 0
 lr = 1e-3
 
 [evaluate]
@@ -157,7 +157,7 @@ def test_five_kills_end_in_the_same_tables(finished: Path, tmp_path: Path) -> No
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        deadline = time.monotonic() + chance.uniform(6, 14)
+        deadline = time.monotonic() + chance.uniform(5, 11)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:
