@@ -206,6 +206,7 @@ max-seconds = 20
 [search]                 # the mask that loses least within the budgets
 budget = ["latency<=0.6x"]  # also params, macs, memory, weights; absolute (40ms, 500M) or 0.6x
 trials = 100
+# objective = "distilled"   # rank the finalists by a short distillation; see docs/studies.md
 
 [prune]
 
