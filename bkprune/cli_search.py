@@ -18,6 +18,7 @@ from bkprune.terminal import (
     TOKENIZER,
     VAE,
     choice,
+    notice,
     one_line_errors,
 )
 
@@ -122,6 +123,30 @@ def search(
         int,
         typer.Option(help="Students held in memory at once.", rich_help_panel=_RACE),
     ] = 8,
+    kd_judge: Annotated[
+        str | None,
+        typer.Option(
+            help="What ranks them: pictures (distance of CLIP features from the teacher's picture "
+            "of the same prompt and seed) or output (error on noised latents). Default: pictures "
+            "where a CLIP model is known (--clip, or the built-in model).",
+            rich_help_panel=_RACE,
+        ),
+    ] = None,
+    kd_pictures: Annotated[
+        int,
+        typer.Option(
+            help="Pictures that decide, and as many again that only report.", rich_help_panel=_RACE
+        ),
+    ] = 64,
+    kd_guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance of those pictures. Default: 7.5 (emoji: 3).", rich_help_panel=_RACE
+        ),
+    ] = None,
+    kd_sampling_steps: Annotated[
+        int, typer.Option(help="Sampling steps of those pictures.", rich_help_panel=_RACE)
+    ] = 10,
     seed: Annotated[int, typer.Option(help="Same seed and one worker: same winner.")] = 1234,
     batch_size: Annotated[int, typer.Option(help="Changes memory and speed.")] = 16,
     storage: Annotated[
@@ -181,7 +206,20 @@ def search(
         if workers < 1:
             raise ValueError("--workers must be at least 1")
         pictures = tuple(name.strip() for name in (finalists_by or "").split(",") if name.strip())
-        race = RaceSettings(finalists, kd_steps, tuple(kd or ()), kd_data, kd_together)
+        judge, guidance_scale = judged_by(model, kd_judge, kd_guidance_scale, clip)
+        race = RaceSettings(
+            finalists,
+            kd_steps,
+            tuple(kd or ()),
+            kd_data,
+            kd_together,
+            judge,
+            kd_pictures,
+            guidance_scale,
+            kd_sampling_steps,
+        )
+        if objective == "distilled" and judge == "output" and kd_judge is None and not quiet:
+            notice("finalists are ranked by output error: no CLIP model is known (--clip DIR)")
         race.recipe(seed)  # says what is wrong with it before anything runs
         inputs = Inputs(cost, data, samples, judged, batch_size, storage, pictures, clip, race)
         folder = out or Path(f"bkprune-{Path(model).stem}")
@@ -193,3 +231,21 @@ def search(
         if as_json:
             typer.echo(json.dumps(found, indent=1))
         typer.echo(str(folder / ("winner.json" if budget else "finalists.csv")), err=as_json)
+
+
+def judged_by(
+    model: str, judge: str | None, guidance_scale: float | None, clip: Path | None
+) -> tuple[str, float]:
+    """What ranks finalists, and the guidance of their pictures."""
+    from bkprune.models import BUILT_IN
+    from bkprune.protocols import PROTOCOLS
+    from bkprune.race_job import JUDGES
+
+    known = clip is not None or model in BUILT_IN
+    protocol = PROTOCOLS["emoji" if model in BUILT_IN else "own"]
+    chosen = choice("--kd-judge", judge, JUDGES) if judge else JUDGES[0] if known else JUDGES[1]
+    if chosen == "pictures" and not known:
+        raise ValueError("--kd-judge pictures needs --clip DIR, a CLIPModel folder, or use output")
+    if guidance_scale is None:
+        guidance_scale = protocol.sampling.guidance_scale
+    return chosen, guidance_scale

@@ -15,7 +15,8 @@ from bkprune import plots_eval
 from bkprune.cost import CONVENTIONS
 from bkprune.evidence import Run, Section, Table
 
-AFTER = "error after short distillation"
+AFTER = "after short distillation"
+_RACED = {"output": "error", "pictures": "pictures apart by"}
 _QUALITY = ("fid", "is", "clip_score", "frechet_clip", "output_error", "s_unet")
 _COST = ("model", "blocks", "params, M", "MACs, G", "predicted ms", "output error", AFTER)
 _JUDGED = ("clip_score", "frechet_clip", "fid")
@@ -134,7 +135,8 @@ def _after(row: Any) -> str | None:
     if error is None or pd.isna(error):
         return None
     stderr = float(row["distilled_stderr"])
-    return f"{float(error):.4f} ± {stderr:.1g}, step {int(row['kd_steps'])}"
+    what = _RACED[str(row.get("kd_judge", "output"))]
+    return f"{what} {float(error):.4f} ± {stderr:.1g}, step {int(row['kd_steps'])}"
 
 
 def _costs(own: Mapping[str, Any], whole: Mapping[str, float]) -> dict[str, str | None]:

@@ -60,8 +60,18 @@ def _race(words: Sequence[str], number: Callable[[str, float], float]) -> float:
         return 0.0
     ladder = rungs(int(number("--finalists", 8)), int(number("--kd-steps", 200)))
     rows = [w for w in words if w.startswith("batch-size=")] or ["batch-size=16"]
-    steps = entrant_steps(int(number("--finalists", 8)), ladder) * _PRUNED * (1 + _BACKWARD)
-    return (steps + ladder[-1].step) * float(rows[0].partition("=")[2])
+    n = int(number("--finalists", 8))
+    steps = entrant_steps(n, ladder) * _PRUNED * (1 + _BACKWARD)
+    taught = (steps + ladder[-1].step) * float(rows[0].partition("=")[2])
+    if "--kd-judge" in words and words[words.index("--kd-judge") + 1] == "output":
+        return taught
+    judged = n + sum(rung.n_left for rung in ladder[:-1])
+    return taught + judged * 2 * number("--kd-pictures", 64) * _drawing(words, number)
+
+
+def _drawing(words: Sequence[str], number: Callable[[str, float], float]) -> float:
+    """Rows of a pass that a picture takes."""
+    return number("--kd-sampling-steps", 10) * 2 * _PRUNED
 
 
 def _seconds_per_row(model: str) -> tuple[float, int] | None:

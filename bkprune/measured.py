@@ -1,8 +1,8 @@
-"""What a mask really loses: it is ablated on calibration samples, or whole pictures are drawn.
+"""What a mask or a student really loses: on noised latents, or where whole pictures are drawn.
 
-Knows how one recorded teacher pass a batch serves any number of masks, and how final latents and
-pictures are compared with the teacher's of the same seeds. It does not know how masks are chosen,
-nor tables and files.
+Knows how one recorded teacher pass a batch serves any number of masks, and how outputs, final
+latents and pictures are compared with the teacher's of the same seeds. It does not know how masks
+are chosen, nor tables and files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -127,9 +128,78 @@ def latent_shift(teacher: Tensor, ablated: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def outputs(unet: Any, scheduler: Any, inputs: Calibration, batch_size: int) -> Tensor:
-    """What a U-Net says of noised held-out latents, `[N, C, H, W]`."""
-    out = [
-        unet(**batch.inputs(scheduler, unet.dtype)).sample.float().cpu()
-        for _, batch in inputs.batches(batch_size)
-    ]
+    """What a U-Net says of noised held-out latents, `[N, C, H, W]`, wherever it lies."""
+    device = next(unet.parameters()).device
+    out = []
+    for _, batch in inputs.batches(batch_size):
+        given = send_to_device(batch.inputs(scheduler, unet.dtype), device)
+        out.append(unet(**given).sample.float().cpu())
     return torch.cat(out)
+
+
+class OutputDistance:
+    """||eps_student - eps_teacher||^2 of noised latents, mean over elements: one value a sample."""
+
+    def __init__(self, pipeline: Any, inputs: Calibration, batch_size: int) -> None:
+        self._pipeline, self._inputs, self._batch_size = pipeline, inputs, batch_size
+        self._expected: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __call__(self, unet: Any) -> Array:
+        """What a U-Net loses against the teacher, `[N]`."""
+        if self._expected is None:
+            self._expected = self._of(self._pipeline.unet)
+        difference = self._of(unet) - self._expected
+        found: Array = difference.square().flatten(1).mean(1).numpy()
+        return found
+
+    def _of(self, unet: Any) -> Tensor:
+        return outputs(unet, self._pipeline.scheduler, self._inputs, self._batch_size).double()
+
+
+class PictureDistance:
+    """How far a student's pictures are from the teacher's of the same prompts and seeds.
+
+    One value a prompt: 1 - cosine of their CLIP features. Sampling runs meet errors that noised
+    latents do not: each step goes on from what the student itself has made, with guidance.
+
+    Args:
+        pipeline: the teacher's.
+        prompts: N of them.
+        settings: how they are drawn.
+        clip_score: the network that looks at them.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        settings: SamplingSettings,
+        clip_score: ClipScore,
+    ) -> None:
+        self._pipeline, self._prompts, self._settings = pipeline, list(prompts), settings
+        self._clip = clip_score
+        self._expected: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __call__(self, unet: Any) -> Array:
+        """What a U-Net loses against the teacher, `[N]`."""
+        if self._expected is None:
+            self._expected = self.features(self._pipeline.unet)
+        found: Array = 1 - (self.features(unet) * self._expected).sum(-1).numpy()
+        return found
+
+    def features(self, unet: Any) -> Tensor:
+        """Of its pictures, unit vectors `[N, D]`."""
+        self._pipeline.to(next(unet.parameters()).device)
+        own, self._pipeline.unet = self._pipeline.unet, unet
+        try:
+            latents = sample_latents(self._pipeline, self._prompts, self._settings)
+        finally:
+            self._pipeline.unet = own
+        pictures = decode(self._pipeline.vae, latents, self._settings.batch_size).cpu()
+        return self._clip.image_features(pictures).double()

@@ -1,8 +1,8 @@
 """Students of one teacher, distilled side by side: each lesson is asked of the teacher once.
 
 Knows how masks become students, that all of them learn from the same lessons, how each is kept in a
-folder of its own so that it goes on rather than start again, and what each loses against the
-teacher on samples that none has learned from. It does not know who is sent on, nor why.
+folder of its own so that it goes on rather than start again, and that a judge says what each loses
+against the teacher. It does not know what the judge looks at, who is sent on, nor why.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from numpy.typing import NDArray
@@ -23,16 +22,24 @@ from numpy.typing import NDArray
 from bkprune.blocks import Inventory, Mask
 from bkprune.bypass import PrunedUNet
 from bkprune.caching import Cache
-from bkprune.calibration import Calibration
 from bkprune.distill import Distillation, StoppedError
 from bkprune.lessons import Lesson, Lessons
 from bkprune.losses import taps
-from bkprune.measured import outputs
 from bkprune.recipe import DistillSettings
 from bkprune.study import digest, write_atomic
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
+
+
+class Loss(Protocol):
+    """What a U-Net loses against the teacher, on samples that no student learns from."""
+
+    def __len__(self) -> int:
+        """How many samples."""
+
+    def __call__(self, unet: Any) -> Array:
+        """One value a sample, `[N]`."""
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Field:
         pipeline: the teacher's.
         masks: of the students, by name.
         cache: what they learn from.
-        judged: noised latents on which they are compared with the teacher.
+        judge: says what they lose against the teacher.
         settings: of the whole run; nobody need reach its last step.
         folder: a subfolder for each student.
         together: how many are held in memory at once.
@@ -52,7 +59,7 @@ class Field:
     pipeline: Any
     masks: Mapping[str, Mask]
     cache: Cache
-    judged: Calibration
+    judge: Loss
     settings: DistillSettings
     folder: Path
     together: int = 8
@@ -61,7 +68,6 @@ class Field:
         self._inventory = Inventory.of(self.pipeline.unet)
         self._acc = Accelerator(mixed_precision=self.settings.precision)
         self._scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        self._expected: torch.Tensor | None = None
 
     def advance(
         self, names: Sequence[str], step: int, progress: Progress = lambda done, total, what: None
@@ -69,8 +75,8 @@ class Field:
         """Train the named students on to a step, each from its newest checkpoint.
 
         Returns:
-            For each the squared error against the teacher of every judged sample, `[N]`; infinite
-            where its losses have run away.
+            For each what the judge says of every sample, `[N]`; infinite where its losses have run
+            away.
         """
         missing = [name for name in names if not self.is_done(name, step)]
         starts = range(0, len(missing), self.together)
@@ -105,9 +111,8 @@ class Field:
         for name, run in runs.items():
             run.use_average()
             run.student.eval()
-            worst = np.full(len(self.judged), np.inf)
             data = io.BytesIO()
-            np.save(data, worst if name in lost else self.errors(run.student))
+            np.save(data, self._worst() if name in lost else self.judge(run.student))
             write_atomic(self._errors(name, step), data.getvalue())
 
     def _has_learned(self, run: Distillation, given: Sequence[Lesson], step: int) -> bool:
@@ -120,16 +125,8 @@ class Field:
             run.save()
         return True
 
-    def errors(self, unet: Any) -> Array:
-        """Squared error against the teacher of every judged sample, `[N]`."""
-        batch = self.settings.batch_size
-        scheduler = self.pipeline.scheduler
-        if self._expected is None:
-            self._expected = outputs(self.pipeline.unet, scheduler, self.judged, batch)
-        ours = outputs(unet, scheduler, self.judged, batch)
-        difference = ours.double() - self._expected.double()
-        found: Array = difference.square().flatten(1).mean(1).numpy()
-        return found
+    def _worst(self) -> Array:
+        return np.full(len(self.judge), np.inf)
 
     def student(self, name: str) -> PrunedUNet:
         """A student with the teacher's weights, not yet trained."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bkprune.cli_analyze import calibration_source, training_data
-from bkprune.race_job import RaceSettings, run_race
+from bkprune.race_job import RaceSettings, judge_of, run_race
 from bkprune.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -244,11 +244,20 @@ class Job:
 
     def _raced(self, table: pd.DataFrame, *, quiet: bool) -> pd.DataFrame:
         """Ranked anew by what is left to lose after a short distillation."""
-        asked = self.inputs.race
+        asked, given = self.inputs.race, self.inputs
+        judge = judge_of(
+            self.pipeline,
+            asked,
+            self.judged,
+            self._prompts(),
+            given.clip,
+            given.batch_size,
+            self.settings.seed,
+        )
         ranked = run_race(
             self.pipeline,
             [frozenset(str(removed).split()) for removed in table["removed"]],
-            self.judged,
+            judge,
             asked,
             training_data(self.model, asked.data, None),
             self.settings.seed,
@@ -261,6 +270,11 @@ class Job:
             order, ascending=[False, True], kind="stable", ignore_index=True
         )
 
+    def _prompts(self) -> list[str] | None:
+        """Of the calibration data; None where that is noise."""
+        source, _ = calibration_source(self.model, self.inputs.data)
+        return source if isinstance(source, list) else source.captions if source else None
+
     def _by_pictures(self, table: pd.DataFrame, progress: Any) -> pd.DataFrame:
         """More columns: what whole sampling runs say of the finalists."""
         from bkprune.calibration import pick
@@ -268,8 +282,7 @@ class Job:
         from bkprune.measured import PictureLoss
         from bkprune.sampling import SamplingSettings
 
-        source, _ = calibration_source(self.model, self.inputs.data)
-        prompts = source if isinstance(source, list) else source.captions if source else None
+        prompts = self._prompts()
         if prompts is None:
             raise ValueError("--finalists-by draws pictures: it needs prompts, not noise")
         seed = self.settings.seed
@@ -331,9 +344,12 @@ def _winner(made: Search, space: Space, table: pd.DataFrame) -> dict[str, Any]:
 
 def _why(figures: dict[str, Any]) -> str:
     if "distilled" in figures:
+        after = f"after {figures['kd_steps']} steps of distillation"
+        if figures["kd_judge"] == "pictures":
+            return f"pictures nearest to the teacher's of the same prompts and seeds, {after}"
         return (
-            f"least output error after {figures['kd_steps']} steps of distillation, over samples "
-            "that were neither searched on nor learned from"
+            f"least output error {after}, over samples that were neither searched on nor learned "
+            "from"
         )
     if "held_out" in figures:
         return "least output error over samples that the search has not seen"

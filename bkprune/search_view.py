@@ -47,6 +47,7 @@ def print_finalists(table: pd.DataFrame, space: Space) -> None:
             view[column.replace("_", " ")] = [f"{v:.4g} ± {e:.2g}" for v, e in pairs]
     title = "Finalists: output error on samples searched, chosen on, and held out"
     if "distilled" in table:
-        title += "; after so many steps of distillation, and behind the winner there"
+        by = "pictures' distance" if table["kd_judge"].iloc[0] == "pictures" else "error"
+        title += f"; {by} after so many steps of distillation, and behind the winner there"
     print_table(view, title)
     notice(f"removed: {table['removed'].iloc[0]}")

@@ -24,7 +24,10 @@ _CACHE = "cache.json"
 _RUN, _STUDY = "{run}", "{study}"
 MODEL = "model"  # stands for the files of the model among what a stage reads
 # with more or other of it, what is there is gone on with
-_GOES_ON = ("--trials", "--timeout", "--finalists", "--kd", "--kd-steps", "--kd-data")
+_GOES_ON = (
+    *("--trials", "--timeout", "--finalists", "--kd", "--kd-steps", "--kd-data", "--kd-judge"),
+    *("--kd-pictures", "--kd-guidance-scale", "--kd-sampling-steps"),
+)
 RACE = {"--objective", "distilled"}
 RECIPE = (
     *("--lr", "--batch-size", "--accumulate", "--schedule", "--warmup", "--ema", "--optimiser"),

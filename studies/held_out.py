@@ -1,4 +1,4 @@
-"""What a student of the emoji model is worth on held-out captions: the judge of our studies.
+"""What studies of the emoji model share: the data that is learned from, and the judge of students.
 
 The same captions, pictures and noise for every model: the output error against the teacher, the
 CLIP score of generated pictures by the small CLIP beside the model, and the Frechet distance of
@@ -7,10 +7,12 @@ their CLIP features from those of the real held-out pictures.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bkprune.caching import Cache, CacheSettings, fill
 from bkprune.calibration import calibrate
 from bkprune.clip import ClipScore
 from bkprune.data import read_pairs
@@ -18,9 +20,19 @@ from bkprune.measured import outputs
 from bkprune.metrics import frechet_distance
 from bkprune.models import BUILT_IN
 from bkprune.sampling import SamplingSettings, decode, sample_latents
+from bkprune.sources import Source
 
 PAIRS = BUILT_IN["emoji"] / "pairs.zip"
 N_ERRORS, SAMPLING = 320, SamplingSettings(10, 3.0, 77, 32)
+
+
+def training_cache(teacher: Any, folder: Path) -> Cache:
+    """The held-in pictures and captions, encoded by the teacher's networks."""
+    source = Source(str(PAIRS), "train")
+    size = int(teacher.unet.config.sample_size * teacher.vae_scale_factor)
+    made = CacheSettings(size)
+    fill(folder, teacher, source.examples(size), source.key, made, total=source.n)
+    return Cache(folder)
 
 
 class Judge:

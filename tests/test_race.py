@@ -16,19 +16,23 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from bkprune import Inventory
+from bkprune import Inventory, preset
 from bkprune.bypass import PrunedUNet
 from bkprune.caching import CacheSettings, fill
 from bkprune.calibration import draw, noise_latents
 from bkprune.checkpoints import Checkpoints, read_log
+from bkprune.cli_search import judged_by
+from bkprune.clip import ClipScore
 from bkprune.data import read_pairs
 from bkprune.distill import Distillation
 from bkprune.halving import Rung, entrant_steps, race, rungs
 from bkprune.judging import entrants
 from bkprune.losses import LossSettings, taps
+from bkprune.measured import OutputDistance, PictureDistance
 from bkprune.models import BUILT_IN, load
 from bkprune.racing import Field
 from bkprune.recipe import DistillSettings, from_words
+from bkprune.sampling import SamplingSettings, decode, sample_latents
 from tests.conftest import build
 from tests.test_cli import refused, run
 from tests.test_distill import TINY, quick, random_cache
@@ -116,7 +120,8 @@ def field(folder: Path, **more: Any) -> Field:
     judged = draw(latents, (embeddings, {}), config, n_train_timesteps=1000, n_bins=2, seed=5)
     cache = random_cache(folder / "cache")
     settings = more.pop("settings", quick(steps=8, save_every=100))
-    return Field(pipeline, TINY_MASKS, cache, judged, settings, folder / "race", **more)
+    judge = OutputDistance(pipeline, judged, settings.batch_size)
+    return Field(pipeline, TINY_MASKS, cache, judge, settings, folder / "race", **more)
 
 
 def trained(made: Field, name: str) -> dict[str, torch.Tensor]:
@@ -147,7 +152,7 @@ def test_side_by_side_is_what_each_alone_would_learn(losses: LossSettings, tmp_p
         alone.run(tmp_path / "alone" / name, "s")
         beside = trained(made, name)
         assert all(torch.equal(w, beside[k]) for k, w in alone.student.state_dict().items())
-        assert np.array_equal(made.errors(alone.student.eval()), found[name])
+        assert np.array_equal(made.judge(alone.student.eval()), found[name])
 
 
 def test_a_student_goes_on_rather_than_start_again(tmp_path: Path) -> None:
@@ -191,6 +196,56 @@ def test_the_teacher_is_asked_once_for_all(tmp_path: Path) -> None:
     made.advance(list(TINY_MASKS), 3)
     n_judged = -(-6 // made.settings.batch_size)
     assert len(asked) == 3 + n_judged
+
+
+# --- what they are judged by ---------------------------------------------------------------------
+
+
+def test_pictures_are_compared_with_the_teachers_of_the_same_seeds() -> None:
+    pipeline, clip = load("emoji"), ClipScore.load(None)
+    prompts, drawing = ["a red apple", "a cat", "a clock"], SamplingSettings(3, 3.0, 9, 2)
+    judge = PictureDistance(pipeline, prompts, drawing, clip)
+    teacher = pipeline.unet
+    assert len(judge) == 3
+    assert np.abs(judge(teacher)).max() < 1e-6
+    inventory = Inventory.of(teacher)
+    student = PrunedUNet.from_teacher(teacher, inventory.plan(preset("bk-sdm-base", inventory)))
+    found = judge(student)
+    assert pipeline.unet is teacher
+    pictures = []
+    for unet in (teacher, student):
+        pipeline.unet = unet
+        latents = sample_latents(pipeline, prompts, drawing)
+        pictures.append(clip.image_features(decode(pipeline.vae, latents)))
+    cosines = torch.nn.functional.cosine_similarity(pictures[0], pictures[1])
+    np.testing.assert_allclose(found, 1 - cosines.numpy(), atol=1e-6)
+    assert found.min() > 0.01
+
+
+def test_a_judge_that_fails_gives_the_teacher_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load("emoji")
+    teacher = pipeline.unet
+    judge = PictureDistance(pipeline, ["a cat"], SamplingSettings(2), ClipScore.load(None))
+    student = PrunedUNet.from_teacher(teacher, Inventory.of(teacher).plan(frozenset()))
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(student, "forward", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        judge(student)
+    assert pipeline.unet is teacher
+
+
+def test_pictures_judge_where_a_clip_model_is_known(tmp_path: Path) -> None:
+    assert judged_by("emoji", None, None, None) == ("pictures", 3.0)
+    assert judged_by("emoji", "output", 5.0, None) == ("output", 5.0)
+    assert judged_by("their/model", None, None, None) == ("output", 7.5)
+    assert judged_by("their/model", None, None, tmp_path) == ("pictures", 7.5)
+    with pytest.raises(ValueError, match="--clip DIR"):
+        judged_by("their/model", "pictures", None, None)
+    with pytest.raises(ValueError, match="pictures, output"):
+        judged_by("emoji", "fid", None, None)
 
 
 # --- recipes and entrants ------------------------------------------------------------------------
@@ -260,6 +315,8 @@ def race_of(folder: Path, *more: Any) -> Any:
     words = ["search", "emoji", "--out", folder, "--grain", "stage", "--budget", "macs<=0.75x"]
     words += ["--samples", "16", "--judged", "16", "--trials", "8", "--objective", "distilled"]
     words += ["--finalists", "4", "--kd-steps", "4", "--kd", "batch-size=2", "--kd", "lr=1e-3"]
+    if "--kd-judge" not in more:
+        words += ["--kd-judge", "output"]
     return run(*words, "--kd-data", folder / "twelve", *more)
 
 
@@ -299,12 +356,33 @@ def test_a_search_that_ends_in_a_race(searched: Path, monkeypatch: pytest.Monkey
     assert json.loads(other.stdout)["figures"]["distilled"] != winner["figures"]["distilled"]
 
 
+def test_a_race_by_pictures(searched: Path) -> None:
+    drawn = ("--kd-judge", "pictures", "--kd-pictures", "4", "--kd-sampling-steps", "2")
+    result = race_of(searched, *drawn)
+    assert result.exit_code == 0, result.output
+    assert "12 steps in all, 6 times judged" in result.stderr
+    assert "pictures' distance after so many steps" in " ".join(result.stdout.split())
+    winner = json.loads((searched / "winner.json").read_text())
+    assert winner["why"].startswith("pictures nearest to the teacher's")
+    table = pd.read_csv(searched / "finalists.csv")
+    assert set(table["kd_judge"]) == {"pictures"}
+    assert list(table["kd_steps"]) == [4, 4, 2, 2]
+    assert table["distilled"].iloc[0] == table["distilled"].iloc[:2].min() > 0
+    assert (table["distilled_held_out"] > 0).all()
+    again = race_of(searched, *drawn, "--json")
+    assert json.loads(again.stdout) == winner
+    other = race_of(searched, *drawn[:-1], "3", "--json")  # another drawing is another race
+    assert json.loads(other.stdout)["figures"]["distilled"] != winner["figures"]["distilled"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--finalists", "1"], ["--finalists is 1", "at least 2"]),
         (["--kd-steps", "0"], ["--kd-steps is 0"]),
         (["--kd-together", "0"], ["--kd-together is 0"]),
+        (["--kd-pictures", "1"], ["--kd-pictures is 1"]),
+        (["--kd-judge", "fid"], ["--kd-judge", "pictures, output"]),
         (["--kd", "rate=1"], ["--kd 'rate=1'", "NAME=VALUE", "batch-size"]),
         (["--kd-data", "nowhere"], ["nowhere"]),
         (["--front", "macs"], ["--front", "measured or additive"]),

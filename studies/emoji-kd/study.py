@@ -27,7 +27,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from bkprune import Inventory, preset
-from bkprune.caching import Cache, CacheSettings, fill
+from bkprune.caching import Cache
 from bkprune.comparing import identify
 from bkprune.data import read_pairs
 from bkprune.distill import Distillation
@@ -38,11 +38,10 @@ from bkprune.models import folder_of, load
 from bkprune.presets import PRESETS
 from bkprune.recipe import DistillSettings
 from bkprune.sampling import decode, sample_latents
-from bkprune.sources import Source
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
+from held_out import PAIRS, SAMPLING, Judge, training_cache  # noqa: E402
 
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-kd"
 STEPS, N_PICTURES, EVERY = 120, 256, 28
@@ -65,15 +64,6 @@ def settings(seed: int, steps: int, losses: LossSettings) -> DistillSettings:
         save_every=50,
         losses=losses,
     )
-
-
-def training_cache(teacher: Any) -> Cache:
-    folder = BUILD / "cache"
-    source = Source(str(PAIRS), "train")
-    size = int(teacher.unet.config.sample_size * teacher.vae_scale_factor)
-    made = CacheSettings(size)
-    fill(folder, teacher, source.examples(size), source.key, made, total=source.n)
-    return Cache(folder)
 
 
 def jobs(seeds: int) -> Iterator[tuple[str, str, int]]:
@@ -114,7 +104,7 @@ def network(teacher: Any, cache: Cache, name: str, how: str, seed: int, steps: i
 def train(options: argparse.Namespace) -> None:
     teacher = load("emoji", dtype=torch.float32)
     path = BUILD / "results.csv"
-    cache, judge = training_cache(teacher), Judge(teacher, N_PICTURES)
+    cache, judge = training_cache(teacher, BUILD / "cache"), Judge(teacher, N_PICTURES)
     rows: list[Any] = pd.read_csv(path).to_dict("records") if path.exists() else []
     done = {(r["model"], r["how"], r["seed"]) for r in rows}
     for name, how, seed in jobs(options.seeds):

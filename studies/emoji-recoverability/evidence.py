@@ -18,12 +18,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy import stats
 
 from bkprune.drawing import logarithmic, plain, png
 
 HERE = Path(__file__).parent
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
-TABLES = ("masks", "scores", "rungs", "final", "races")
+TABLES = ("masks", "scores", "rungs", "drawn", "final", "races")
+SEEN = {"pictures": "pictures", "clip": "CLIP score"}
 FINAL = {"output_error": 1, "clip_score": -1, "frechet_clip": 1}  # the sign makes lower better
 LABELS = {
     "output_error": "output error",
@@ -47,8 +49,9 @@ def read(name: str) -> pd.DataFrame:
 
 
 def finals() -> pd.DataFrame:
-    """One row a mask: budget, source, shares, and each final figure, averaged over seeds."""
-    values = read("final").pivot_table(index="mask", columns="metric", values="value")
+    """One row a mask: budget, source, shares, and each final figure, of the first seed."""
+    seen = read("final")
+    values = seen[seen["seed"] == 0].pivot_table(index="mask", columns="metric", values="value")
     return read("masks").set_index("mask").join(values).dropna(subset=list(FINAL))
 
 
@@ -66,44 +69,78 @@ def predictors(rows: pd.DataFrame) -> pd.DataFrame:
         out[f"KD {now} steps, extrapolated"] = (
             first[now] * np.exp(slope * np.log(last / now))
         ).reindex(rows.index)
+    drawn = read("drawn")
+    for judge, seen in SEEN.items():
+        by_step = drawn.pivot_table(index="mask", columns="step", values=judge)
+        for step in by_step:
+            when = f"KD {step} steps" if step else "pruned"
+            out[f"{seen}, {when}"] = by_step[step].reindex(rows.index)
     return out
 
 
-def taus(score: Array, final: Array, budgets: NDArray[Any]) -> tuple[float, float, float]:
-    """Kendall's tau over pairs of the same budget, and its 95 % interval."""
-    same = budgets[:, None] == budgets[None]
-    agree = np.sign(score[:, None] - score[None]) * np.sign(final[:, None] - final[None]) * same
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(N_RESAMPLED):
-        drawn = np.concatenate(
-            [
-                random.choice(m, len(m))
-                for b in dict.fromkeys(budgets)
-                for m in [np.flatnonzero(budgets == b)]
-            ]
-        )
-        counted = same[np.ix_(drawn, drawn)] & (drawn[:, None] != drawn[None])
-        found.append(agree[np.ix_(drawn, drawn)][counted].mean())
-    off = same & ~np.eye(len(score), dtype=bool)
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(agree[off].mean()), float(low), float(high)
+class Draws:
+    """Masks resampled within their budgets, the same for every score: differences are paired."""
+
+    def __init__(self, budgets: NDArray[Any]) -> None:
+        self.same = (budgets[:, None] == budgets[None]) & ~np.eye(len(budgets), dtype=bool)
+        random = np.random.default_rng(0)
+        groups = [np.flatnonzero(budgets == b) for b in dict.fromkeys(budgets)]
+        self.drawn = [
+            np.concatenate([random.choice(group, len(group)) for group in groups])
+            for _ in range(N_RESAMPLED)
+        ]
+
+    def taus(self, score: Array, final: Array) -> tuple[float, Array]:
+        """Kendall's tau over pairs of the same budget, and that of every draw."""
+        agree = np.sign(score[:, None] - score[None]) * np.sign(final[:, None] - final[None])
+        found = [
+            agree[np.ix_(rows, rows)][self.same[np.ix_(rows, rows)]].mean() for rows in self.drawn
+        ]
+        return float(agree[self.same].mean()), np.array(found)
+
+
+def interval(values: Array) -> tuple[float, float]:
+    """95 % of resampled values."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def is_ablation(score: str) -> bool:
+    """Whether a score is known without any training: the kind that other tools prune by."""
+    kind = score.partition(":")[0]
+    return kind in ("additive", "measured", "task", "latent") or kind.endswith(", pruned")
+
+
+def is_raced(score: str) -> bool:
+    """Whether it needs a short distillation."""
+    return "KD" in score
 
 
 def correlations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Tau of every score with every final figure; `best` are the eight of least measured error."""
+    """Tau of every score with every final figure; `best` are the eight of least measured error.
+
+    `ahead` is how much further a short distillation reaches than the best ablation score, paired.
+    """
     table = predictors(rows)
     measured = table["measured"].groupby(rows["budget"])
     is_best = (measured.rank() <= N_BEST).to_numpy()
     out = []
     for among, chosen in (("all", np.ones(len(rows), dtype=bool)), ("best", is_best)):
-        budgets = rows["budget"].to_numpy()[chosen]
-        for name in table:
-            score = table[name].to_numpy(dtype=float)[chosen]
-            for metric, sign in FINAL.items():
-                tau, low, high = taus(score, sign * rows[metric].to_numpy()[chosen], budgets)
-                row = {"among": among, "score": name, "final": metric}
-                out.append({**row, "tau": tau, "low": low, "high": high})
+        draws = Draws(rows["budget"].to_numpy()[chosen])
+        for metric, sign in FINAL.items():
+            final = sign * rows[metric].to_numpy()[chosen]
+            scores = {str(n): table[n].to_numpy(dtype=float)[chosen] for n in table}
+            found = {name: draws.taus(score, final) for name, score in scores.items()}
+            best = max((n for n in found if is_ablation(n)), key=lambda n: found[n][0])
+            for name, (tau, drawn) in found.items():
+                low, high = interval(drawn)
+                row: dict[str, Any] = {"among": among, "score": name, "final": metric}
+                row |= {"tau": tau, "low": low, "high": high}
+                if is_raced(name):
+                    low, high = interval(drawn - found[best][1])
+                    row |= {"best_ablation": best, "ahead": tau - found[best][0]}
+                    row |= {"ahead_low": low, "ahead_high": high}
+                out.append(row)
     return pd.DataFrame(out)
 
 
@@ -115,6 +152,10 @@ def seconds() -> dict[str, float]:
     rungs = read("rungs")
     for step, group in rungs[rungs["seconds"] > 1].groupby("step"):
         found[f"KD {step} steps"] = float(group["seconds"].median())
+    for step, group in read("drawn").groupby("step"):
+        for seen in SEEN.values():
+            when = f"KD {step!s} steps" if step else "pruned"
+            found[f"{seen}, {when}"] = float(group["seconds"].median())
     return found
 
 
@@ -125,7 +166,7 @@ def tau_figure(table: pd.DataFrame) -> Figure:
     for axes, metric in zip(grid, FINAL, strict=True):
         rows = table[table["final"] == metric].set_index("score").reindex(names)
         places = np.arange(len(names))
-        colours = ["#d9822b" if name.startswith("KD") else "#3b6fb6" for name in names]
+        colours = ["#d9822b" if is_raced(name) else "#3b6fb6" for name in names]
         for place, colour, row in zip(places, colours, rows.itertuples(), strict=True):
             axes.plot([row.low, row.high], [place, place], color=colour, lw=1.5)
             axes.plot(row.tau, place, "o", ms=4, color=colour)
@@ -148,7 +189,7 @@ def before_after_figure(rows: pd.DataFrame) -> Figure:
     grid = figure.subplots(1, len(budgets), squeeze=False)[0]
     styles = (
         ("searches", "measured|additive|knapsack|greedy", "o", "#c0392b"),
-        ("roomy", "roomy|^race winner$", "D", "#2e8b57"),
+        ("roomy", "roomy|^race winner", "D", "#2e8b57"),
         ("BK-SDM and near", "bk-sdm", "s", "#3b6fb6"),
         ("random", "random|loss|most", "^", "#9aa5b1"),
     )
@@ -190,7 +231,11 @@ def curve_figure(rows: pd.DataFrame) -> Figure:
             source = str(rows["source"][str(mask)])
             is_searched = any(n in source for n in ("search", "knapsack", "greedy"))
             colour = "#3b6fb6" if "bk-sdm" in source else "#c0392b" if is_searched else "#c3c9d1"
-            colour = "#2e8b57" if source.startswith("roomy") or source == "race winner" else colour
+            colour = (
+                "#2e8b57"
+                if source.startswith(("roomy", "race winner by output")) and not is_searched
+                else colour
+            )
             axes.plot(own["step"], own["error"], color=colour, lw=1.2)
         axes.set(
             xscale="log", yscale="log", title=f"MACs {budget}x", xlabel="steps of distillation"
@@ -203,11 +248,13 @@ def curve_figure(rows: pd.DataFrame) -> Figure:
 def mask_table(rows: pd.DataFrame) -> str:
     before = read("scores").set_index("mask")["measured"]
     rungs = read("rungs")
-    short = rungs[(rungs["seed"] == 0) & (rungs["step"] == 50)].set_index("mask")["error"]
+    short = rungs[(rungs["seed"] == 0) & (rungs["step"] == 100)].set_index("mask")["error"]
+    drawn = read("drawn")
+    near = drawn[drawn["step"] == 100].set_index("mask")["pictures"]
     lines = [
-        "| mask | chosen by | blocks | MACs | params | error, pruned | after 50 steps | "
-        "final error | CLIP score | Frechet |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| mask | chosen by | blocks | MACs | params | error, pruned | after 100 steps | "
+        "pictures apart by, after 100 | final error | CLIP score | Frechet |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for mask, row in rows.sort_values(
         ["budget", "output_error"], ascending=[False, True]
@@ -215,6 +262,7 @@ def mask_table(rows: pd.DataFrame) -> str:
         lines.append(
             f"| {mask} | {row['source']} | {row['n_removed']} | {row['macs']:.3f}x | "
             f"{row['params']:.2f}x | {before[str(mask)]:.4f} | {short[str(mask)]:.4f} | "
+            f"{near.get(str(mask), np.nan):.3f} | "
             f"{row['output_error']:.4f} | {row['clip_score']:.1f} | {row['frechet_clip']:.3f} |"
         )
     return "\n".join(lines)
@@ -244,76 +292,139 @@ def tau_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def race_table(rows: pd.DataFrame) -> str:
-    """The finalists of each race, the winner first, with their place at the very end."""
-    races = read("races")
+def of_removed(rows: pd.DataFrame) -> dict[frozenset[str], dict[str, Any]]:
+    """The studied masks by what they remove."""
+    table = rows.reset_index()
+    return {frozenset(str(row["removed"]).split()): dict(row) for _, row in table.iterrows()}
+
+
+def race_table(rows: pd.DataFrame, judge: str) -> str:
+    """The finalists of each race, the winner first, with their figures and places at the end."""
+    races, whole = read("races"), of_removed(rows)
     lines = [
-        "| budget | chosen by | MACs | error, pruned | KD steps | error there | "
-        "behind the winner | final error | place |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| budget | chosen by | MACs | error, pruned | KD steps | "
+        + ("pictures apart by" if judge == "pictures" else "error there")
+        + " | behind the winner | "
+        + " | ".join(f"final {label}, place" for label in LABELS.values())
+        + " |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(FINAL),
     ]
-    whole = {(r["budget"], frozenset(r["removed"].split())): r for r in rows.to_dict("records")}
-    for budget, group in races.groupby("budget", sort=False):
-        places = rows[rows["budget"] == budget]["output_error"].rank()
-        by_error = dict(zip(rows[rows["budget"] == budget]["output_error"], places, strict=True))
-        for row in group.to_dict("records"):
-            end = whole.get((budget, frozenset(str(row["removed"]).split())))
-            final = "" if end is None else f"{end['output_error']:.4f}"
-            place = "" if end is None else f"{by_error[end['output_error']]:.0f} of {len(places)}"
-            behind = f"{row['behind']:.4f} ± {row['behind_stderr']:.4f}" if row["behind"] else ""
+    ranks = {m: (s * rows[m]).groupby(rows["budget"]).rank() for m, s in FINAL.items()}
+    for budget, group in races[races["kd_judge"] == judge].groupby("budget", sort=False):
+        for i, row in enumerate(group.to_dict("records")):
+            end = whole.get(frozenset(str(row["removed"]).split()))
+            cells = ["" if end is None else cell(end, m, ranks[m][end["mask"]]) for m in FINAL]
+            behind = f"{row['behind']:.4f} ± {row['behind_stderr']:.4f}" if i else ""
             lines.append(
                 f"| {budget}x | {row['source']} | {row['macs'] / WHOLE_MACS:.3f}x | "
                 f"{row['chosen']:.4f} | {row['kd_steps']} | {row['distilled']:.4f} | {behind} | "
-                f"{final} | {place} |"
+                f"{' | '.join(cells)} |"
             )
-        took = float(group["seconds"].iloc[0]) / 60
-        lines.append(f"| | {len(group)} finalists in {took:.1f} min, the search's end included |")
+        took, n = float(group["seconds"].iloc[0]) / 60, int((rows["budget"] == budget).sum())
+        lines.append(f"| | {len(group)} finalists in {took:.1f} min, places of {n} |")
     return "\n".join(lines)
 
 
+def cell(end: dict[str, Any], metric: str, place: float) -> str:
+    digits = 1 if metric == "clip_score" else 4
+    return f"{end[metric]:.{digits}f}, {place:.0f}."
+
+
 def race_taus(rows: pd.DataFrame) -> str:
-    """Among the finalists: the race's order, and the order before it, against the final error."""
-    races, whole = (
-        read("races"),
-        {frozenset(str(r["removed"]).split()): r for r in rows.to_dict("records")},
-    )
-    races["final"] = [
-        whole.get(frozenset(str(text).split()), {}).get("output_error", np.nan)
-        for text in races["removed"]
+    """Among the finalists: each race's order, and the order before it, against the end."""
+    races, whole = read("races"), of_removed(rows)
+    lines = [
+        "| race by | finalists | final figure | tau of its order | of the error right after "
+        "pruning | difference |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
-    known = races.dropna(subset=["final"])
-    budgets, final = known["budget"].to_numpy(), known["final"].to_numpy(dtype=float)
-    place: Array = known.groupby("budget").cumcount().to_numpy().astype(np.float64)
-    before = known["chosen"].to_numpy(dtype=float)
-    cells = [
-        f"{name} {tau:+.2f} ({low:+.2f} to {high:+.2f})"
-        for name, (tau, low, high) in (
-            ("the race's order", taus(place, final, budgets)),
-            ("the error right after pruning", taus(before, final, budgets)),
+    for judge, group in races.groupby("kd_judge", sort=False):
+        ends = [whole.get(frozenset(str(text).split())) for text in group["removed"]]
+        is_known = np.array([end is not None for end in ends])
+        known = group[is_known]
+        draws = Draws(known["budget"].to_numpy())
+        place: Array = group.groupby("budget").cumcount().to_numpy()[is_known].astype(np.float64)
+        for metric, sign in FINAL.items():
+            final = sign * np.array([end[metric] for end in ends if end is not None])
+            before = draws.taus(known["chosen"].to_numpy(dtype=float), final)
+            after = draws.taus(place, final)
+            gain = (after[0] - before[0], after[1] - before[1])
+            cells = [
+                f"{tau:+.2f} ({low:+.2f} to {high:+.2f})"
+                for tau, (low, high) in ((t, interval(d)) for t, d in (after, before, gain))
+            ]
+            lines.append(f"| {judge} | {len(known)} | {LABELS[metric]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+RACED = ("KD 100 steps", "pictures, KD 100 steps", "CLIP score, KD 100 steps")
+
+
+def ahead_table(table: pd.DataFrame) -> str:
+    """How much further short distillations reach than the best score without training."""
+    lines = [
+        "| final figure | among | best score without training | "
+        + " | ".join(f"ahead by {name}" for name in RACED)
+        + " |",
+        "| --- | --- | --- |" + " ---: |" * len(RACED),
+    ]
+    for (metric, among), group in table.groupby(["final", "among"], sort=False):
+        by_name = group.set_index("score")
+        cells = []
+        for name in RACED:
+            row = by_name.loc[name]
+            cells.append(
+                f"{row['ahead']:+.2f} ({row['ahead_low']:+.2f} to {row['ahead_high']:+.2f})"
+            )
+        best = str(by_name["best_ablation"].dropna().iloc[0])
+        tau = float(by_name["tau"][best])
+        lines.append(
+            f"| {LABELS[str(metric)]} | {among} | {best} {tau:+.2f} | {' | '.join(cells)} |"
         )
-    ]
-    return (
-        f"Kendall's tau with the final error among the {len(known)} finalists whose end is known: "
-        f"{', '.join(cells)}."
-    )
+    return "\n".join(lines)
+
+
+def over_seeds(differences: Array) -> str:
+    """Mean and 95 % interval of paired differences, by Student's t with as many seeds."""
+    n = len(differences)
+    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    return f"{differences.mean():+.4g} ± {half:.2g}"
 
 
 def seed_table() -> str:
-    """The leading masks over seeds, paired with the best of BK-SDM's at the same budget."""
+    """The leading masks of each budget over seeds, paired with the race's winner."""
     values, masks = read("final"), read("masks").set_index("mask")
-    errors = values[values["metric"] == "output_error"]
-    table = errors.pivot_table(index="mask", columns="seed", values="value").dropna()
-    if table.shape[1] < 2:
+    wide = values.pivot_table(index=["metric", "mask"], columns="seed", values="value")
+    n_seeds = wide.shape[1]
+    if n_seeds < 2:
         return ""
     lines = [
-        "The leading masks with other seeds (order of data, noise, timesteps), final output error:",
+        f"Means over {n_seeds} seeds (order of data, noise, timesteps). Beside each figure what it "
+        "is more than the winner's, paired over seeds, with a 95 % interval by Student's t.",
         "",
-        "| mask | chosen by | " + " | ".join(f"seed {seed}" for seed in table) + " |",
-        "| --- | --- |" + " ---: |" * table.shape[1],
+        "| mask | chosen by | output error | more than the winner | CLIP score | "
+        "more than the winner | Frechet | more than the winner |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for mask, row in table.iterrows():
-        cells = " | ".join(f"{value:.4f}" for value in row)
-        lines.append(f"| {mask} | {masks['source'][str(mask)]} | {cells} |")
+    for budget in dict.fromkeys(masks["budget"]):
+        tables = {
+            metric: pd.DataFrame(wide.loc[metric])
+            .dropna()
+            .reindex(masks.index[masks["budget"] == budget])
+            for metric in FINAL
+        }
+        errors = tables["output_error"].dropna()
+        winner = next(
+            mask for mask in errors.index if "race winner" in masks["source"][mask].split(" = ")
+        )
+        for mask in errors.mean(axis=1).sort_values().index:
+            cells = []
+            for metric in FINAL:
+                own = tables[metric].loc[mask].to_numpy()
+                ahead = own - tables[metric].loc[winner].to_numpy()
+                shown = f"{own.mean():.1f}" if metric == "clip_score" else f"{own.mean():.4f}"
+                cells += [shown, "" if mask == winner else over_seeds(ahead)]
+            lines.append(f"| {mask} | {masks['source'][mask]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -335,7 +446,10 @@ def main() -> None:
     for mark, made in (
         ("MASKS", mask_table(rows)),
         ("TAUS", tau_table(table)),
-        ("RACES", f"{race_table(rows)}\n\n{race_taus(rows)}"),
+        ("AHEAD", ahead_table(table)),
+        ("RACES", race_table(rows, "pictures")),
+        ("OUTPUT", race_table(rows, "output")),
+        ("ORDERS", race_taus(rows)),
         ("SEEDS", seed_table()),
     ):
         text = text.replace(mark, made)

@@ -6,7 +6,8 @@
 Every mask of a budget is distilled with the same recipe, order of data, noise and steps, side by
 side with others against one teacher pass (bkprune.racing), and judged on held-out captions. On the
 way the error against the teacher is measured at each rung, on samples that are neither learned from
-nor held out: what a race would see.
+nor held out: what a race would see. The first hundred steps are taken once more, with pictures of
+held-in captions drawn at each rung: what a race by pictures would see.
 """
 
 from __future__ import annotations
@@ -16,33 +17,36 @@ import functools
 import multiprocessing
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
-from bkprune.caching import Cache, CacheSettings, fill
 from bkprune.calibration import calibrate
 from bkprune.checkpoints import Checkpoints
+from bkprune.clip import ClipScore
 from bkprune.data import read_pairs
 from bkprune.losses import LossSettings
+from bkprune.measured import OutputDistance, PictureDistance
 from bkprune.models import load
 from bkprune.racing import Field
 from bkprune.recipe import DistillSettings
 from bkprune.sampling import SamplingSettings
-from bkprune.sources import Source
+from bkprune.study import write_atomic
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from held_out import PAIRS, SAMPLING, Judge  # noqa: E402
+from held_out import PAIRS, SAMPLING, Judge, training_cache  # noqa: E402
 
 BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverability"
 STEPS, RUNGS, BATCH, LR = 400, (10, 25, 50, 100, 200, 400), 8, 5e-4
-SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 96, 192
+DRAWN_AT, N_DRAWN = (25, 50, 100), 64  # pictures of held-in captions
+SEEDS, TOGETHER, N_PICTURES, N_JUDGED = (0, 1, 2), 4, 328, 192
 PICTURES = SamplingSettings(7, 3.0, 77, 32)
-LEADING = ("race winner", "measured search", "bk-sdm-base")
+LEADING = ("race winner", "measured search", "knapsack", "greedy", "bk-sdm-base")
 
 
 def settings(seed: int) -> DistillSettings:
@@ -58,17 +62,9 @@ def settings(seed: int) -> DistillSettings:
     )
 
 
-def training_cache(teacher: Any) -> Cache:
-    folder = BUILD / "cache"
-    source = Source(str(PAIRS), "train")
-    size = int(teacher.unet.config.sample_size * teacher.vae_scale_factor)
-    made = CacheSettings(size)
-    fill(folder, teacher, source.examples(size), source.key, made, total=source.n)
-    return Cache(folder)
-
-
-def field(teacher: Any, masks: Mapping[str, str], seed: int) -> Field:
-    judged = calibrate(
+def noised(teacher: Any) -> OutputDistance:
+    """The error against the teacher, on samples of the rungs' own."""
+    inputs = calibrate(
         teacher,
         read_pairs(PAIRS).split("train"),
         n=N_JUDGED,
@@ -77,33 +73,76 @@ def field(teacher: Any, masks: Mapping[str, str], seed: int) -> Field:
         batch_size=32,
         sampling=SAMPLING,
     )
+    return OutputDistance(teacher, inputs, BATCH)
+
+
+class Drawn:
+    """Pictures of held-in captions: distance from the teacher's, and what CLIP scores lack to 1."""
+
+    def __init__(self, teacher: Any) -> None:
+        captions = read_pairs(PAIRS).split("train").captions
+        prompts = captions[:: len(captions) // N_DRAWN][:N_DRAWN]
+        clip = ClipScore.load(None)
+        drawing = SamplingSettings(PICTURES.steps, PICTURES.guidance_scale, 999, 32)
+        self.pictures = PictureDistance(teacher, prompts, drawing, clip)
+        text = clip.text_features(prompts).double()
+        self.wanted = (self.pictures.features(teacher.unet), text)
+
+    def __len__(self) -> int:
+        return len(self.wanted) * len(self.pictures)
+
+    def __call__(self, unet: Any) -> Any:
+        found = self.pictures.features(unet)
+        return np.concatenate([1 - (found * wanted).sum(-1).numpy() for wanted in self.wanted])
+
+
+def field(teacher: Any, masks: Mapping[str, str], seed: int, judge: Any, folder: Path) -> Field:
     removed = {name: frozenset(text.split()) for name, text in masks.items()}
-    cache = training_cache(teacher)
-    return Field(teacher, removed, cache, judged, settings(seed), BUILD / f"seed-{seed}", TOGETHER)
+    cache = training_cache(teacher, BUILD / "cache")
+    return Field(teacher, removed, cache, judge, settings(seed), folder, TOGETHER)
 
 
 def train(task: tuple[int, dict[str, str]]) -> list[dict[str, Any]]:
-    """A group of masks side by side, to the end, and judged."""
+    """A group of masks side by side, to the end, and judged on the way by their output."""
     torch.set_num_threads(1)
     seed, masks = task
     teacher = load("emoji", dtype=torch.float32)
-    made, rows = field(teacher, masks, seed), []
+    made, rows = field(teacher, masks, seed, noised(teacher), BUILD / f"seed-{seed}"), []
     started = time.monotonic()
     for step in RUNGS:
-        errors = made.advance(list(masks), step)
-        for name, values in errors.items():
-            stderr = float(values.std(ddof=1) / len(values) ** 0.5)
+        for name, errors in made.advance(list(masks), step).items():
             rows.append(
                 {
                     "mask": name,
                     "seed": seed,
                     "step": step,
-                    "error": float(values.mean()),
-                    "stderr": stderr,
+                    "error": float(errors.mean()),
+                    "stderr": float(errors.std(ddof=1) / len(errors) ** 0.5),
                     "seconds": (time.monotonic() - started) / len(masks),
                 }
             )
     return rows
+
+
+def draw(task: tuple[int, dict[str, str]]) -> list[dict[str, Any]]:
+    """The first steps of the same group, and judged on the way by its pictures."""
+    torch.set_num_threads(1)
+    seed, masks = task
+    teacher = load("emoji", dtype=torch.float32)
+    made, rows = field(teacher, masks, seed, Drawn(teacher), BUILD / f"drawn-{seed}"), []
+    started = time.monotonic()
+    for step in (0, *DRAWN_AT):
+        found = made.advance(list(masks), step) if step else untrained(made)
+        for name, values in found.items():
+            near, caption = values.reshape(2, -1).mean(1)
+            row = {"mask": name, "seed": seed, "step": step, "pictures": near, "clip": caption}
+            rows.append({**row, "seconds": (time.monotonic() - started) / len(masks)})
+    return rows
+
+
+def untrained(made: Field) -> dict[str, Any]:
+    """What the judge says of the students as they are pruned."""
+    return {name: made.judge(made.student(name).eval()) for name in made.masks}
 
 
 @functools.cache
@@ -117,7 +156,8 @@ def judge(task: tuple[int, str, str]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     seed, name, removed = task
     judged_by = held_out_judge()
-    made = field(judged_by.teacher, {name: removed}, seed)
+    folder = BUILD / f"seed-{seed}"
+    made = field(judged_by.teacher, {name: removed}, seed, None, folder)  # no rung, no judge
     student = made.student(name)
     state = Checkpoints(made.folder / name, made.stamp(name)).latest()
     assert state is not None
@@ -141,16 +181,19 @@ def groups(wanted: pd.DataFrame, seed: int, done: set[tuple[str, int]]) -> list[
 
 
 def is_leading(source: str) -> bool:
-    return any(name in source for name in LEADING) and "second" not in source
+    """Whether a mask is trained with every seed: the winner and what it has to beat."""
+    is_other = any(word in source for word in ("second", " on "))
+    return "race winner" in source or (any(n in source for n in LEADING) and not is_other)
 
 
-def run(work: Any, todo: list[Any], path: Path) -> None:
+def work_off(work: Callable[[Any], list[dict[str, Any]]], todo: Sequence[Any], path: Path) -> None:
     """In two processes of one thread each; the rows of each task are kept as soon as they come."""
     rows: list[Any] = pd.read_csv(path).to_dict("records") if path.exists() else []
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for number, found in enumerate(pool.imap_unordered(work, todo), 1):
             rows += found
-            pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+            text = pd.DataFrame(rows).to_csv(index=False, float_format="%.6g")
+            write_atomic(path, text.encode())
             print(f"{path.name}: {number} of {len(todo)}", flush=True)
 
 
@@ -163,14 +206,23 @@ def known(path: Path) -> set[tuple[str, int]]:
 
 def train_all(seeds: int) -> None:
     masks = pd.read_csv(BUILD / "masks.csv", dtype={"budget": str})
-    training_cache(load("emoji", dtype=torch.float32))
-    for seed in range(seeds):
-        wanted = masks if seed == 0 else masks[masks["source"].map(is_leading)]
-        run(train, groups(wanted, seed, known(BUILD / "rungs.csv")), BUILD / "rungs.csv")
-        judged = known(BUILD / "final.csv")
-        rows = zip(wanted["mask"], wanted["removed"], strict=True)
-        todo = [(seed, name, str(removed)) for name, removed in rows if (name, seed) not in judged]
-        run(judge, todo, BUILD / "final.csv")
+    training_cache(load("emoji", dtype=torch.float32), BUILD / "cache")
+    leading = masks[masks["source"].map(is_leading)]
+    wanted = {seed: leading if seed else masks for seed in range(seeds)}
+
+    def left(path: Path) -> list[Any]:
+        done = known(path)
+        return [task for seed, table in wanted.items() for task in groups(table, seed, done)]
+
+    work_off(train, left(BUILD / "rungs.csv"), BUILD / "rungs.csv")
+    drawn = BUILD / "drawn.csv"
+    work_off(draw, groups(masks, 0, known(drawn)), drawn)
+    alone = [
+        (seed, name, removed)
+        for seed, group in left(BUILD / "final.csv")
+        for name, removed in group.items()
+    ]
+    work_off(judge, alone, BUILD / "final.csv")
 
 
 if __name__ == "__main__":
