@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -132,9 +131,16 @@ def outputs(unet: Any, scheduler: Any, inputs: Calibration, batch_size: int) -> 
     device = next(unet.parameters()).device
     out = []
     for _, batch in inputs.batches(batch_size):
-        given = send_to_device(batch.inputs(scheduler, unet.dtype), device)
+        given = _moved(batch.inputs(scheduler, unet.dtype), device)
         out.append(unet(**given).sample.float().cpu())
     return torch.cat(out)
+
+
+def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: _moved(value, device) if isinstance(value, dict) else value.to(device)
+        for name, value in inputs.items()
+    }
 
 
 class OutputDistance:
