@@ -206,10 +206,14 @@ def tau_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def of_removed(rows: pd.DataFrame) -> dict[frozenset[str], dict[str, Any]]:
-    """The studied masks by what they remove."""
-    table = rows.reset_index()
-    return {frozenset(str(row["removed"]).split()): dict(row) for _, row in table.iterrows()}
+def of_removed(rows: pd.DataFrame) -> dict[tuple[str, frozenset[str]], dict[str, Any]]:
+    """The studied masks by their budget and what they remove."""
+    return {entrant(row): dict(row) for _, row in rows.reset_index().iterrows()}
+
+
+def entrant(row: Any) -> tuple[str, frozenset[str]]:
+    """What a mask is known by, in every table."""
+    return row["budget"], frozenset(str(row["removed"]).split())
 
 
 def race_table(rows: pd.DataFrame, judge: str) -> str:
@@ -226,7 +230,7 @@ def race_table(rows: pd.DataFrame, judge: str) -> str:
     ranks = {m: (s * rows[m]).groupby(rows["budget"]).rank() for m, s in FINAL.items()}
     for budget, group in races[races["kd_judge"] == judge].groupby("budget", sort=False):
         for i, row in enumerate(group.to_dict("records")):
-            end = whole.get(frozenset(str(row["removed"]).split()))
+            end = whole.get(entrant(row))
             cells = ["" if end is None else cell(end, m, ranks[m][end["mask"]]) for m in FINAL]
             behind = f"{row['behind']:.4f} ± {row['behind_stderr']:.4f}" if i else ""
             lines.append(
@@ -253,7 +257,7 @@ def race_taus(rows: pd.DataFrame) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for judge, group in races.groupby("kd_judge", sort=False):
-        ends = [whole.get(frozenset(str(text).split())) for text in group["removed"]]
+        ends = [whole.get(entrant(row)) for _, row in group.iterrows()]
         is_known = np.array([end is not None for end in ends])
         known = group[is_known]
         draws = Draws(known["budget"].to_numpy())
