@@ -27,6 +27,7 @@ BUILD, REPORT = HERE / "build", HERE.parents[1] / "reports" / "emoji-recoverabil
 TABLES = ("masks", "scores", "rungs", "drawn", "final", "races")
 SEEN = {"pictures": "pictures", "clip": "CLIP score"}
 FINAL = {"output_error": 1, "clip_score": -1, "frechet_clip": 1}  # the sign makes lower better
+DIGITS = {"output_error": 4, "clip_score": 1, "frechet_clip": 3}
 LABELS = {
     "output_error": "output error",
     "clip_score": "CLIP score",
@@ -244,8 +245,7 @@ def race_table(rows: pd.DataFrame, judge: str) -> str:
 
 
 def cell(end: dict[str, Any], metric: str, place: float) -> str:
-    digits = 1 if metric == "clip_score" else 4
-    return f"{end[metric]:.{digits}f}, {place:.0f}."
+    return f"{end[metric]:.{DIGITS[metric]}f}, {place:.0f}."
 
 
 def race_taus(rows: pd.DataFrame) -> str:
@@ -302,11 +302,11 @@ def ahead_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(differences: Array) -> str:
+def over_seeds(differences: Array, digits: int) -> str:
     """Mean and 95 % interval of paired differences, by Student's t with as many seeds."""
     n = len(differences)
     half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
-    return f"{differences.mean():+.4g} ± {half:.2g}"
+    return f"{differences.mean():+.{digits}f} ± {half:.{digits}f}"
 
 
 def seed_table() -> str:
@@ -340,8 +340,10 @@ def seed_table() -> str:
             for metric in FINAL:
                 own = tables[metric].loc[mask].to_numpy()
                 ahead = own - tables[metric].loc[winner].to_numpy()
-                shown = f"{own.mean():.1f}" if metric == "clip_score" else f"{own.mean():.4f}"
-                cells += [shown, "" if mask == winner else over_seeds(ahead)]
+                digits = DIGITS[metric]
+                finer = digits + (metric == "output_error")
+                is_own = mask == winner
+                cells += [f"{own.mean():.{digits}f}", "" if is_own else over_seeds(ahead, finer)]
             lines.append(f"| {mask} | {masks['source'][mask]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
