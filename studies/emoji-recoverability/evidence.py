@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from figures import before_after_figure, curve_figure, tau_figure
+from figures import before_after_figure, curve_figure, pictures_figure, tau_figure
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -354,11 +354,12 @@ def main() -> None:
     if parser.parse_args().collect:
         collect()
     rows, before = finals(), read("scores").set_index("mask")["measured"]
-    table = correlations(rows)
+    table, known = correlations(rows), predictors(rows)
     table.to_csv(REPORT / "correlations.csv", index=False, float_format="%.3f")
     for name, figure in (
         ("tau", tau_figure(table[table["among"] == "all"], LABELS)),
         ("before-after", before_after_figure(rows, before.reindex(rows.index))),
+        ("pictures", pictures_figure(rows, known["KD 100 steps"], known["pictures, KD 100 steps"])),
         ("curves", curve_figure(rows, read("rungs"))),
     ):
         (REPORT / f"{name}.png").write_bytes(png(figure))
