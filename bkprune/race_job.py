@@ -196,8 +196,8 @@ def _cache(pipeline: Any, data: tuple[str, str | None], folder: Path, *, quiet: 
 def _say_how_long(field: Field, names: Sequence[str], ladder: Sequence[Any]) -> None:
     from bkprune.halving import entrant_steps
 
-    if field.is_done(names[0], ladder[0].step):
-        return  # it has been told
+    if any(field.is_done(name, ladder[-1].step) for name in names):
+        return  # it is over
     started = time.monotonic()
     field.judge(field.pipeline.unet)  # remembers what the teacher says, and judges it
     judging = (time.monotonic() - started) / 2
