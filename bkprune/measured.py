@@ -7,6 +7,7 @@ are chosen, nor tables and files.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,33 +144,57 @@ def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-class OutputDistance:
-    """||eps_student - eps_teacher||^2 of noised latents, mean over elements: one value a sample."""
+class Distance(ABC):
+    """How far U-Nets are from the teacher's, one value a sample; the teacher is asked once."""
 
-    def __init__(self, pipeline: Any, inputs: Calibration, batch_size: int) -> None:
-        self._pipeline, self._inputs, self._batch_size = pipeline, inputs, batch_size
+    def __init__(self, teacher: Any) -> None:
+        self._teacher = teacher
         self._expected: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self._inputs)
 
     def __call__(self, unet: Any) -> Array:
         """What a U-Net loses against the teacher, `[N]`."""
         if self._expected is None:
-            self._expected = self._of(self._pipeline.unet)
-        difference = self._of(unet) - self._expected
-        found: Array = difference.square().flatten(1).mean(1).numpy()
+            self._expected = self.of(self._teacher)
+        found: Array = self.apart(self.of(unet), self._expected).numpy()
         return found
 
-    def _of(self, unet: Any) -> Tensor:
-        return outputs(unet, self._pipeline.scheduler, self._inputs, self._batch_size).double()
+    @abstractmethod
+    def __len__(self) -> int:
+        """N, the number of samples."""
+
+    @abstractmethod
+    def of(self, unet: Any) -> Tensor:
+        """What is compared, `[N, ...]` in float64."""
+
+    @abstractmethod
+    def apart(self, found: Tensor, expected: Tensor) -> Tensor:
+        """How far two such are from each other, `[N]`."""
 
 
-class PictureDistance:
-    """How far a student's pictures are from the teacher's of the same prompts and seeds.
+class OutputDistance(Distance):
+    """||eps_student - eps_teacher||^2 of noised latents, mean over elements."""
 
-    One value a prompt: 1 - cosine of their CLIP features. Sampling runs meet errors that noised
-    latents do not: each step goes on from what the student itself has made, with guidance.
+    def __init__(self, pipeline: Any, inputs: Calibration, batch_size: int) -> None:
+        super().__init__(pipeline.unet)
+        self._scheduler, self._inputs, self._batch_size = pipeline.scheduler, inputs, batch_size
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def of(self, unet: Any) -> Tensor:
+        """Its outputs, `[N, C, H, W]`."""
+        return outputs(unet, self._scheduler, self._inputs, self._batch_size).double()
+
+    def apart(self, found: Tensor, expected: Tensor) -> Tensor:
+        """Mean squared difference, `[N]`."""
+        return (found - expected).square().flatten(1).mean(1)
+
+
+class PictureDistance(Distance):
+    """1 - cosine of the CLIP features of pictures of the same prompts and seeds.
+
+    Sampling runs meet errors that noised latents do not: each step goes on from what the student
+    itself has made, with guidance.
 
     Args:
         pipeline: the teacher's.
@@ -185,22 +210,15 @@ class PictureDistance:
         settings: SamplingSettings,
         clip_score: ClipScore,
     ) -> None:
+        super().__init__(pipeline.unet)
         self._pipeline, self._prompts, self._settings = pipeline, list(prompts), settings
         self._clip = clip_score
-        self._expected: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def __call__(self, unet: Any) -> Array:
-        """What a U-Net loses against the teacher, `[N]`."""
-        if self._expected is None:
-            self._expected = self.features(self._pipeline.unet)
-        found: Array = 1 - (self.features(unet) * self._expected).sum(-1).numpy()
-        return found
-
-    def features(self, unet: Any) -> Tensor:
-        """Of its pictures, unit vectors `[N, D]`."""
+    def of(self, unet: Any) -> Tensor:
+        """Features of its pictures, unit vectors `[N, D]`."""
         self._pipeline.to(next(unet.parameters()).device)
         own, self._pipeline.unet = self._pipeline.unet, unet
         try:
@@ -209,3 +227,7 @@ class PictureDistance:
             self._pipeline.unet = own
         pictures = decode(self._pipeline.vae, latents, self._settings.batch_size).cpu()
         return self._clip.image_features(pictures).double()
+
+    def apart(self, found: Tensor, expected: Tensor) -> Tensor:
+        """1 - cosine, `[N]`."""
+        return 1 - (found * expected).sum(-1)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from bkprune.blocks import Mask
     from bkprune.caching import Cache
     from bkprune.calibration import Calibration
-    from bkprune.racing import Field, Loss
+    from bkprune.measured import Distance
+    from bkprune.racing import Field
     from bkprune.recipe import DistillSettings
 
 RACE, CACHE, SAVE_EVERY = "race", "cache", 100
@@ -85,7 +86,7 @@ def judge_of(
     clip: Path | None,
     batch_size: int,
     seed: int,
-) -> tuple[Loss, int]:
+) -> tuple[Distance, int]:
     """What finalists lose, and how many of its first samples decide.
 
     Args:
@@ -117,7 +118,7 @@ def judge_of(
 def run_race(
     pipeline: Any,
     masks: Sequence[Mask],
-    judge: tuple[Loss, int],
+    judge: tuple[Distance, int],
     asked: RaceSettings,
     data: tuple[str, str | None],
     seed: int,

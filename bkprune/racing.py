@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -25,21 +25,12 @@ from bkprune.caching import Cache
 from bkprune.distill import Distillation, StoppedError
 from bkprune.lessons import Lesson, Lessons
 from bkprune.losses import taps
+from bkprune.measured import Distance
 from bkprune.recipe import DistillSettings
 from bkprune.study import digest, write_atomic
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
-
-
-class Loss(Protocol):
-    """What a U-Net loses against the teacher, on samples that no student learns from."""
-
-    def __len__(self) -> int:
-        """How many samples."""
-
-    def __call__(self, unet: Any) -> Array:
-        """One value a sample, `[N]`."""
 
 
 @dataclass
@@ -59,7 +50,7 @@ class Field:
     pipeline: Any
     masks: Mapping[str, Mask]
     cache: Cache
-    judge: Loss
+    judge: Distance
     settings: DistillSettings
     folder: Path
     together: int = 8

@@ -30,7 +30,7 @@ from bkprune.checkpoints import Checkpoints
 from bkprune.clip import ClipScore
 from bkprune.data import read_pairs
 from bkprune.losses import LossSettings
-from bkprune.measured import OutputDistance, PictureDistance
+from bkprune.measured import Distance, OutputDistance, PictureDistance
 from bkprune.models import load
 from bkprune.racing import Field
 from bkprune.recipe import DistillSettings
@@ -76,7 +76,7 @@ def noised(teacher: Any) -> OutputDistance:
     return OutputDistance(teacher, inputs, BATCH)
 
 
-class Drawn:
+class Drawn(PictureDistance):
     """Pictures of held-in captions: distance from the teacher's, and what CLIP scores lack to 1."""
 
     def __init__(self, teacher: Any) -> None:
@@ -84,19 +84,18 @@ class Drawn:
         prompts = captions[:: len(captions) // N_DRAWN][:N_DRAWN]
         clip = ClipScore.load(None)
         drawing = SamplingSettings(PICTURES.steps, PICTURES.guidance_scale, 999, 32)
-        self.pictures = PictureDistance(teacher, prompts, drawing, clip)
-        text = clip.text_features(prompts).double()
-        self.wanted = (self.pictures.features(teacher.unet), text)
+        super().__init__(teacher, prompts, drawing, clip)
+        self.text = clip.text_features(prompts).double()
 
     def __len__(self) -> int:
-        return len(self.wanted) * len(self.pictures)
+        return 2 * super().__len__()
 
-    def __call__(self, unet: Any) -> Any:
-        found = self.pictures.features(unet)
-        return np.concatenate([1 - (found * wanted).sum(-1).numpy() for wanted in self.wanted])
+    def apart(self, found: Any, expected: Any) -> Any:
+        """The one for each picture, then the other, `[2 N]`."""
+        return torch.cat([super(Drawn, self).apart(found, w) for w in (expected, self.text)])
 
 
-def field(teacher: Any, masks: Mapping[str, str], seed: int, judge: Any, folder: Path) -> Field:
+def field(teacher: Any, masks: Mapping[str, str], seed: int, judge: Distance, folder: Path) -> Field:
     removed = {name: frozenset(text.split()) for name, text in masks.items()}
     cache = training_cache(teacher, BUILD / "cache")
     return Field(teacher, removed, cache, judge, settings(seed), folder, TOGETHER)
