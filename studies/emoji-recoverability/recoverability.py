@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -95,7 +94,9 @@ class Drawn(PictureDistance):
         return torch.cat([super(Drawn, self).apart(found, w) for w in (expected, self.text)])
 
 
-def field(teacher: Any, masks: Mapping[str, str], seed: int, judge: Distance, folder: Path) -> Field:
+def field(
+    teacher: Any, masks: Mapping[str, str], seed: int, judge: Distance, folder: Path
+) -> Field:
     removed = {name: frozenset(text.split()) for name, text in masks.items()}
     cache = training_cache(teacher, BUILD / "cache")
     return Field(teacher, removed, cache, judge, settings(seed), folder, TOGETHER)
