@@ -204,5 +204,5 @@ def _verdicts(run: Run) -> str:
         words.append(
             f"{verdict} than {other} in {metric}, {apart:+.3g} ({low:+.3g} to {high:+.3g})"
         )
-    text = "; ".join(words).replace("same than", "no different from")
+    text = "; ".join(words).replace("same than", "not told apart from")
     return f"The distilled winner, paired, with 95 % intervals: {text}." if words else ""
