@@ -126,15 +126,8 @@ def _loading(facts: CardFacts) -> list[str]:
     door = "DiffusionPipeline" if facts.is_pipeline else "UNet2DConditionModel"
     if facts.form == "pruned" and not facts.is_pipeline:
         door = "AutoModel"
-    code = [
-        "```python",
-        *imports,
-        f"from diffusers import {door}",
-        f"model = {door}.from_pretrained(",
-        f'    "PATH"{arguments}',
-        ")",
-        "```",
-    ]
+    load = f'model = {door}.from_pretrained("PATH"{arguments})'
+    code = ["```python", *imports, f"from diffusers import {door}", "", load, "```"]
     if facts.form == "plain":
         return ["Stock diffusers, nothing else needed:", "", *code]
     if facts.form == "padded":

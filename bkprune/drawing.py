@@ -13,6 +13,8 @@ import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -34,12 +36,20 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def png_and_svg(figure: Figure) -> tuple[bytes, bytes]:
-    """Both, laid out once, with the first; the same bytes for the same figure."""
-    buffer = io.BytesIO()
+    """Both, laid out once, with the first; the same bytes for the same figure.
+
+    Each canvas draws once; `savefig` would draw a second time, to see how large all of it is.
+    """
+    svg, raster = io.BytesIO(), io.BytesIO()
+    figure.set_dpi(72)  # what SVG counts in
     with rc_context({"svg.hashsalt": "bkprune"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(svg, metadata={"Date": None, "Creator": None})
     figure.set_layout_engine("none")
-    return png(figure, 110), buffer.getvalue()
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure)
+    canvas.print_png(raster, metadata={"Software": None})
+    return raster.getvalue(), svg.getvalue()
 
 
 def unit_column(blocks: pd.DataFrame, units: pd.Series[Any]) -> str:

@@ -65,6 +65,13 @@ def _key(folder: Path) -> str:
     return study.digest([bkprune.__version__, matplotlib.__version__, digests])
 
 
+_INHERITED: dict[str, Figure] = {}  # in a forked process: what the parent has, without pickling it
+
+
+def _inherited(stem: str) -> tuple[bytes, bytes]:
+    return png_and_svg(_INHERITED[stem])
+
+
 def _drawn(into: Path, figures: Mapping[str, Figure], key: str) -> dict[str, tuple[bytes, bytes]]:
     """PNG and SVG of every figure, written; two at a time where nothing forbids to fork."""
     places = {stem: (into / f"{stem}.png", into / f"{stem}.svg") for stem in figures}
@@ -74,8 +81,9 @@ def _drawn(into: Path, figures: Mapping[str, Figure], key: str) -> dict[str, tup
     if is_made and all(path.exists() for pair in places.values() for path in pair):
         return {n: (png.read_bytes(), svg.read_bytes()) for n, (png, svg) in places.items()}
     if sys.platform == "linux" and "torch" not in sys.modules and len(figures) > 2:
-        with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-            drawn = list(pool.map(png_and_svg, figures.values()))
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(2, fork, _INHERITED.update, (figures,)) as pool:
+            drawn = list(pool.map(_inherited, figures))
     else:
         drawn = [png_and_svg(figure) for figure in figures.values()]
     files = dict(zip(figures, drawn, strict=True))

@@ -115,12 +115,17 @@ class Rounds:
 
 
 def accuracy(compared: pd.DataFrame) -> dict[str, float]:
-    """How well predicted times fit measured ones: MAPE in per cent, Spearman, Kendall."""
-    from scipy import stats
+    """How well predicted times fit measured ones: MAPE in per cent, Spearman, Kendall's tau-b.
 
+    Written out, because importing scipy.stats takes longer than the rest of a report's tables.
+    """
     predicted, measured = compared["predicted_ms"], compared["measured_ms"]
+    above, beyond = (
+        np.sign(np.subtract.outer(ms.to_numpy(), ms.to_numpy())) for ms in (predicted, measured)
+    )
+    pairs = np.sqrt((above**2).sum() * (beyond**2).sum())
     return {
         "mape_percent": 100 * float((predicted / measured - 1).abs().mean()),
-        "spearman": float(stats.spearmanr(predicted, measured).statistic),
-        "kendall": float(stats.kendalltau(predicted, measured).statistic),
+        "spearman": float(predicted.rank().corr(measured.rank())),
+        "kendall": float((above * beyond).sum() / pairs) if pairs else float("nan"),
     }

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from scipy import stats
 
 from bkprune.backends import Clock, Target, prepare
 from bkprune.blocks import Inventory
 from bkprune.bypass import variant
 from bkprune.counting import unet_call
 from bkprune.latency import Isolated, TimingSettings, in_place, interleave, whole
-from bkprune.series import PROBE, Rounds, Series, median_interval
+from bkprune.series import PROBE, Rounds, Series, accuracy, median_interval
 from bkprune.study import Stamp, Study, Unfinished
 from tests.conftest import forward
 
@@ -175,3 +177,23 @@ def test_variants_share_weights_and_nothing_else(
 
 def test_a_command_that_times_itself_is_believed() -> None:
     assert whole("x", lambda: 12.5, Clock("cpu"))() == {"x": 12.5}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_of_predictions_are_those_of_scipy_ties_included(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    measured = draw.integers(10, 20, 12).astype(float)
+    predicted = np.round(measured + draw.normal(0, 3, 12).clip(-5, 5))
+    found = accuracy(pd.DataFrame({"predicted_ms": predicted, "measured_ms": measured}))
+    assert found["spearman"] == pytest.approx(stats.spearmanr(predicted, measured).statistic)
+    assert found["kendall"] == pytest.approx(stats.kendalltau(predicted, measured).statistic)
+    assert found["mape_percent"] == pytest.approx(
+        100 * np.mean(abs(predicted - measured) / measured)
+    )
+
+
+def test_a_single_measured_mask_has_no_rank() -> None:
+    found = accuracy(pd.DataFrame({"predicted_ms": [1.0], "measured_ms": [2.0]}))
+    assert found["mape_percent"] == 50
+    assert np.isnan(found["spearman"])
+    assert np.isnan(found["kendall"])

@@ -29,7 +29,7 @@ from bkprune.checkpoints import Checkpoints
 from bkprune.clip import ClipScore
 from bkprune.data import read_pairs
 from bkprune.losses import LossSettings
-from bkprune.measured import Distance, OutputDistance, PictureDistance
+from bkprune.measured import OutputDistance, PictureDistance
 from bkprune.models import load
 from bkprune.racing import Field
 from bkprune.recipe import DistillSettings
@@ -94,9 +94,7 @@ class Drawn(PictureDistance):
         return torch.cat([super(Drawn, self).apart(found, w) for w in (expected, self.text)])
 
 
-def field(
-    teacher: Any, masks: Mapping[str, str], seed: int, judge: Distance, folder: Path
-) -> Field:
+def field(teacher: Any, masks: Mapping[str, str], seed: int, judge: Any, folder: Path) -> Field:
     removed = {name: frozenset(text.split()) for name, text in masks.items()}
     cache = training_cache(teacher, BUILD / "cache")
     return Field(teacher, removed, cache, judge, settings(seed), folder, TOGETHER)
