@@ -170,11 +170,16 @@ class Search:
         states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
         found = set()
         for trial in self.study.get_trials(deepcopy=False, states=states):
-            params = trial.params or trial.system_attrs.get("fixed_params", {})
+            chosen = self._chosen(trial)
             is_lost = trial.state == TrialState.FAIL and "why" not in trial.user_attrs
-            if len(params) == len(self.space) and not is_lost:
-                found.add(self._bits(params).tobytes())
+            if chosen is not None and not is_lost:
+                found.add(chosen.tobytes())
         return found
+
+    def _chosen(self, trial: FrozenTrial) -> Bits | None:
+        """What a trial measures; what was queued is known before its parameters are written."""
+        params = trial.system_attrs.get("fixed_params") or trial.params
+        return self._bits(params) if len(params) == len(self.space) else None
 
     def _bits(self, params: Mapping[str, Any]) -> Bits:
         return np.array([bool(params[unit]) for unit in self.space.names])
@@ -190,15 +195,15 @@ class Search:
             suggested = self.study.ask(self._parameters)
             bits = self._bits(suggested.params)
             self.study.tell(suggested, state=TrialState.FAIL)
-            if bits.tobytes() not in taken and self.space.feasible(bits[None], self.budgets)[0]:
+            if SOURCE in suggested.user_attrs:  # another worker's, just queued: back with it
+                self.study.enqueue_trial(suggested.params, user_attrs=suggested.user_attrs)
+            elif bits.tobytes() not in taken and self.space.feasible(bits[None], self.budgets)[0]:
                 return self._ask(bits, "tpe")
         seen = np.array([self._bits(t.params) for t in done])
         losses = np.array([loss(t) for t in done], dtype=float)
         known = {row.tobytes() for row in seen}
         also = [np.frombuffer(key, dtype=bool) for key in sorted(taken - known)]
-        if (
-            also
-        ):  # failed, or being measured elsewhere: taken for middling, so that none comes again
+        if also:  # failed, or measured elsewhere: taken for middling, so that none comes again
             seen = np.concatenate([seen, np.array(also)])
             losses = np.concatenate([losses, np.full(len(also), float(np.median(losses)))])
         for i in range(len(self.levels)):  # the next level in turn that has something left
@@ -219,12 +224,13 @@ class Search:
 
     def _is_doubled(self, trial: Trial) -> bool:
         """Whether the same choice is measured, or another worker has it and had it first."""
-        states = (TrialState.RUNNING, TrialState.COMPLETE)
-        others = self.study.get_trials(deepcopy=False, states=states)
+        states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+        own = self._bits(trial.params)
         return any(
-            t.params == trial.params and (t.state == TrialState.COMPLETE or t.number < trial.number)
-            for t in others
-            if t.number != trial.number
+            np.array_equal(own, chosen)
+            and (other.state == TrialState.COMPLETE or other.number < trial.number)
+            for other in self.study.get_trials(deepcopy=False, states=states)
+            if other.number != trial.number and (chosen := self._chosen(other)) is not None
         )
 
     def seeds(self) -> list[tuple[Bits, str]]:
@@ -263,8 +269,8 @@ class Search:
             trial.set_constraint(budget.text, 0.0 if violation <= 1e-12 else float(violation))
         trial.set_user_attr("feasible", bool((broken <= 1e-12).all()))
         value, stderr = quality(self.space.mask(chosen))
-        if any(t.params == trial.params for t in self.measured()):
-            self.study.tell(trial, state=TrialState.FAIL)  # another worker was quicker
+        if self._is_doubled(trial):
+            self.study.tell(trial, state=TrialState.FAIL)
             return
         if not math.isfinite(value):
             trial.set_user_attr("why", "the output is not finite")

@@ -22,7 +22,7 @@ from bkprune.presets import preset
 from bkprune.profiling import Profile, ProfileSettings
 from bkprune.program import least_score
 from bkprune.proposals import Surrogate, greedy, neighbours, random_feasible, ranked
-from bkprune.search import Search, SearchSettings
+from bkprune.search import N_STARTUP, TPE_EVERY, Search, SearchSettings
 from bkprune.search_job import for_a_helper
 from bkprune.skeleton import Skeleton
 from bkprune.space import Bits, Budget, Space
@@ -281,6 +281,41 @@ def test_same_seed_same_winner_and_nan_is_no_end(twelve: Space) -> None:
     assert broken
     assert len(broken) == 2 * len(set(broken))  # none is tried twice in a study
     assert tables[0]["measured"].notna().all()
+
+
+def test_a_mask_that_another_worker_has_queued_is_measured_once(twelve: Space) -> None:
+    budgets = _budgets(twelve, "macs<=0.92x")
+    scores, quality = _synthetic(twelve, 3)
+    settings = SearchSettings(n_trials=40, budgets=("macs<=0.92x",))
+    storage = optuna.storages.InMemoryStorage()
+    search = Search(twelve, scores, budgets, settings, storage)
+    bits, source = search.seeds()[0]
+    params = {unit: bool(bit) for unit, bit in zip(twelve.names, bits, strict=True)}
+    search.study.enqueue_trial(params, user_attrs={"source": source})
+    theirs = search.study.get_trials(deepcopy=False)[0]
+    storage.set_trial_state_values(theirs._trial_id, optuna.trial.TrialState.RUNNING)
+    assert not theirs.params  # taken from the queue, and nothing of it written yet
+    ours = search._ask(bits, source)
+    search._measure(ours, quality)
+    assert [t.state.name for t in search.study.trials] == ["RUNNING", "FAIL"]
+    assert bits.tobytes() in search._taken()
+
+
+def test_what_another_worker_has_queued_is_not_lost_to_tpe(twelve: Space) -> None:
+    budgets = _budgets(twelve, "macs<=0.92x")
+    scores, quality = _synthetic(twelve, 3)
+    n_done = next(n for n in range(N_STARTUP, 99) if n % TPE_EVERY == TPE_EVERY - 1)
+    settings = SearchSettings(n_trials=n_done, budgets=("macs<=0.92x",))
+    storage = optuna.storages.InMemoryStorage()
+    search = Search(twelve, scores, budgets, settings, storage)
+    search.run(quality)
+    assert len(search.measured()) == n_done
+    rest = [bits for bits in _every(twelve) if bits.tobytes() not in search._taken()]
+    theirs = next(bits for bits in rest if twelve.feasible(bits[None], budgets)[0])
+    params = {unit: bool(bit) for unit, bit in zip(twelve.names, theirs, strict=True)}
+    search.study.enqueue_trial(params, user_attrs={"source": "local move"})
+    found = [search._next(search.measured()), search.study.ask(search._parameters)]
+    assert params in [trial.params for trial in found if trial is not None]
 
 
 def test_a_torn_journal_and_a_dead_worker(twelve: Space, tmp_path: Path) -> None:
