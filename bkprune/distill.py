@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from bkprune import recipe
+from bkprune import gathering, recipe
 from bkprune.caching import Cache
 from bkprune.checkpoints import Checkpoints, Log
 from bkprune.lessons import Lesson, Lessons, channels_last
@@ -72,6 +72,11 @@ class Distillation:
     def __post_init__(self) -> None:
         s = self.settings
         self.acc = self.accelerator or Accelerator(mixed_precision=s.precision)
+        self.is_sharded = self.acc.distributed_type == DistributedType.FSDP
+        if self.is_sharded and not self.acc.is_fsdp2:
+            raise ValueError(
+                "FSDP needs its second version: fsdp_version: 2 in accelerate's config"
+            )
         self.lessons = Lessons(
             self.teacher,
             [tap.name for tap in self.taps],
@@ -84,12 +89,11 @@ class Distillation:
         if s.checkpointing:
             unet: Any = self.student
             unet.enable_gradient_checkpointing()
-        if s.channels_last:
+        if s.channels_last and not self.is_sharded:  # FSDP takes contiguous weights alone
             channels_last(self.student)
-        parameters = list(self.student.parameters())
-        self.optimiser = recipe.optimiser(parameters, s)
+        self.optimiser = recipe.optimiser(list(self.student.parameters()), s)
         self.schedule = recipe.schedule(self.optimiser, s)
-        self.ema = EMAModel(parameters, decay=s.ema) if s.ema is not None else None
+        self.ema: EMAModel | None = None
         self.step = 0
         self._going: _Going | None = None
 
@@ -130,7 +134,7 @@ class Distillation:
             while self.step < s.steps:
                 shown = self.learn(self.lessons.of(self.step))
                 progress(self.step, s.steps, shown)
-                is_last, stops = self.step == s.steps, wants_stop()
+                is_last, stops = self.step == s.steps, self._any(wants_stop())
                 if is_last or stops or self.step % s.save_every == 0:
                     self.save()
                 if s.preview_every and (is_last or self.step % s.preview_every == 0):
@@ -145,16 +149,14 @@ class Distillation:
         kept = Checkpoints(folder, stamp)
         state = kept.latest()
         self.student.to(self.acc.device)
-        if self.ema is not None:
-            self.ema.to(self.acc.device)
-        if state is not None:
-            self._load(state)
-        log = Log(folder, self.step) if self.acc.is_main_process else None
-        history = [row["loss"] for row in (log.rows if log else []) if not row.get("skipped")]
         with ExitStack() as stack:
+            student = stack.enter_context(self.watching())
+            if state is not None:
+                self._load(state)
+            log = Log(folder, self.step) if self.acc.is_main_process else None
             if log is not None:
                 stack.callback(log.close)
-            student = stack.enter_context(self.watching())
+            history = [row["loss"] for row in (log.rows if log else []) if not row.get("skipped")]
             self._going = _Going(student, kept, log, history)
             stack.callback(setattr, self, "_going", None)
             yield self
@@ -193,12 +195,13 @@ class Distillation:
         return _shown(terms, is_good)
 
     def save(self) -> None:
-        """Log and checkpoint to the disk, by the main process."""
+        """Log and checkpoint to the disk, by the main process; all bring it what they hold."""
         going = self._going
         assert going is not None, "save inside `with opened`"
+        state = self._state()
         if going.log is not None:
             going.log.sync()
-            going.kept.save(self.step, self._state())
+            going.kept.save(self.step, state)
 
     def rehearse(self, n: int) -> float:
         """Seconds of a step, the best of `n` after one to warm up; the weights are spoiled."""
@@ -218,6 +221,8 @@ class Distillation:
         with watched(self.student, [tap.student for tap in self.taps]) as own:
             student: Any = torch.compile(own) if self.settings.compile else own
             student, self.optimiser = self.acc.prepare(student, self.optimiser)
+            if self.settings.ema is not None and self.ema is None:
+                self.ema = EMAModel(list(self.student.parameters()), decay=self.settings.ema)
             yield student
 
     def update(
@@ -264,23 +269,37 @@ class Distillation:
 
     # --- state -----------------------------------------------------------------------------------
 
+    def _any(self, wish: bool) -> bool:
+        """Whether any process wishes it: all stop after the same step, or none does."""
+        if self.acc.num_processes == 1:
+            return wish
+        wishes = self.acc.reduce(torch.tensor(float(wish), device=self.acc.device), "sum")
+        return bool(wishes > 0)
+
     def _state(self) -> dict[str, Any]:
         return {
-            "student": self.student.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "student": gathering.weights(self.student),
+            "optimiser": gathering.moments(self.student, self.optimiser),
             "schedule": _plain(self.schedule.state_dict()),
-            "ema": self.ema.shadow_params if self.ema is not None else None,
+            "ema": gathering.tensors(self.ema.shadow_params) if self.ema is not None else None,
             "ema_step": self.ema.optimization_step if self.ema is not None else 0,
+            "scaler": self.acc.scaler.state_dict() if self.acc.scaler is not None else None,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        gathering.set_moments(self.student, self.optimiser, state["optimiser"])
+        gathering.set_weights(self.student, state["student"])
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         if self.ema is not None:
-            self.ema.shadow_params = [t.to(self.acc.device) for t in state["ema"]]
+            gathering.set_tensors(self.ema.shadow_params, state["ema"])
             self.ema.optimization_step = state["ema_step"]
+        if self.acc.scaler is not None:
+            self.acc.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
+
+    def weights(self) -> dict[str, Any]:
+        """The student's, whole, by name; asked by every process, given to the main one."""
+        return gathering.weights(self.student)
 
     def use_average(self) -> None:
         """Put the moving average, if there is one, into the student for good."""

@@ -7,15 +7,11 @@ what the finished folder holds. Options are `cli_distill.py`'s, steps are `disti
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bkprune import distill_view
 from bkprune.terminal import notice, progress_bar
 
 if TYPE_CHECKING:
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
     from bkprune.recipe import DistillSettings
 
 DISTILLED, CACHE, N_PREVIEW, PREVIEW_STEPS = "distilled", "cache", 8, 25
-_LINE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -107,13 +102,17 @@ class Job:
 
     def distillation(self, cache: Cache) -> Distillation:
         """Everything that a step needs."""
+        import copy
+
+        from accelerate import DistributedType
         from diffusers import DDPMScheduler
 
         from bkprune.distill import Distillation
 
-        losses = self.settings.losses
+        losses, unet = self.settings.losses, self.student.unet
+        is_sharded = self.acc.distributed_type == DistributedType.FSDP
         return Distillation(
-            self.student.unet,
+            copy.deepcopy(unet) if is_sharded else unet,  # slices neither draw nor are exported
             self.teacher.unet if losses.needs_teacher else None,
             self.taps,
             cache,
@@ -137,7 +136,7 @@ class Job:
         made = self.distillation(cache)
         seconds = made.rehearse(2)
         n = sum(p.numel() for p in self.student.unet.parameters())
-        s = self.settings
+        s, n_slices = self.settings, int(self.acc.num_processes) if made.is_sharded else 1
         return {
             "effective_batch": made.effective_batch,
             "pairs": len(cache),
@@ -147,8 +146,8 @@ class Job:
             "taps": len(self.taps),
             "seconds_per_step": round(seconds, 4),
             "hours": round(seconds * s.steps / 3600, 3),
-            "weights_and_optimiser_gb": round(_state_bytes(n, s) / 1e9, 3),
-            "peak_gb": round(_peak_bytes(self.acc.device) / 1e9, 3),
+            "weights_and_optimiser_gb": round(_state_bytes(n / n_slices, s) / 1e9, 3),
+            "peak_gb": round(distill_view.peak_bytes(self.acc.device) / 1e9, 3),
             "device": str(self.acc.device),
         }
 
@@ -162,25 +161,36 @@ class Job:
         if self.asked.tensorboard:
             self.acc.init_trackers("distill")
         with (
-            _memory_explained(self.settings),
-            _stops_on_signals() as wants_stop,
+            distill_view.memory_explained(self.settings),
+            distill_view.stops_on_signals() as wants_stop,
             progress_bar(self._is_silent) as progress,
         ):
             is_done = made.run(
                 out,
                 self.stamp(cache),
-                _told(progress, made.effective_batch, self.acc.device, quiet=self._is_silent),
-                self._previews(cache) if self.settings.preview_every else lambda step: None,
+                distill_view.told(
+                    progress, made.effective_batch, self.acc.device, quiet=self._is_silent
+                ),
+                self._previews(cache, made) if self.settings.preview_every else lambda step: None,
                 wants_stop,
             )
+        if is_done:
+            made.use_average()
+            self._gather(made)
+            if self.acc.is_main_process:
+                self._finish(cache)
+            self.acc.wait_for_everyone()
         self.acc.end_training()
         if not is_done:
             raise KeyboardInterrupt
-        if self.acc.is_main_process:
-            made.use_average()
-            self._finish(cache)
-        self.acc.wait_for_everyone()
         return True
+
+    def _gather(self, made: Distillation) -> None:
+        """The student's weights of now into its pipeline, where processes hold slices of them."""
+        if made.is_sharded:
+            weights = made.weights()
+            if self.acc.is_main_process:
+                self.student.unet.load_state_dict(weights)
 
     def _is_finished(self, cache: Cache) -> bool:
         from bkprune.checkpoints import RUN
@@ -197,7 +207,7 @@ class Job:
 
     # --- pictures on the way ---------------------------------------------------------------------
 
-    def _previews(self, cache: Cache) -> Any:
+    def _previews(self, cache: Cache, made: Distillation) -> Any:
         """A grid at some step: teacher, pruned and now; the first two are drawn once, before."""
         from bkprune.checkpoints import PREVIEWS
         from bkprune.grids import grid_png
@@ -210,11 +220,12 @@ class Job:
             notice("no previews: the student brings no VAE or text encoder")
             return lambda step: None
         if not self.acc.is_main_process:
-            return lambda step: None
+            return lambda step: self._gather(made)
         pipelines = {"teacher": self.teacher, "pruned": self.student}
         rows = {name: self._draw(pipeline, prompts) for name, pipeline in pipelines.items()}
 
         def preview(step: int) -> None:
+            self._gather(made)
             label = {} if step == 0 else {f"step {step}": self._draw(self.student, prompts)}
             png = grid_png({**rows, **label}, prompts)
             write_atomic(self.asked.out / PREVIEWS / f"step-{step:08d}.png", png)
@@ -299,61 +310,6 @@ def fill_cache(
     return done
 
 
-@contextmanager
-def _stops_on_signals() -> Iterator[Any]:
-    """Ctrl-C and SIGTERM ask for a stop after the step that runs; a second one does not wait."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        notice("stopping after this step; the checkpoint is being saved")
-
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _told(progress: Any, batch: int, device: Any, *, quiet: bool) -> Any:
-    """The bar with its ETA, and every half minute a line with the losses, the speed, the memory."""
-    started, last, first = time.monotonic(), [time.monotonic()], [0]
-
-    def report(done: int, total: int, what: str) -> None:
-        progress(done, total, "distilling")
-        first[0] = first[0] or done
-        now = time.monotonic()
-        if not quiet and (now - last[0] > _LINE_EVERY_S or done == total):
-            last[0] = now
-            speed = (done - first[0] + 1) * batch / max(now - started, 1e-9)
-            memory = _peak_bytes(device) / 1e9
-            notice(f"step {done} of {total}: {what}; {speed:.1f} images/s, peak {memory:.2f} GB")
-
-    return report
-
-
-@contextmanager
-def _memory_explained(s: DistillSettings) -> Iterator[None]:
-    """Running out of memory as one line that says what to lower."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and "allocate memory" not in text and "not enough memory" not in text:
-            raise
-        half = max(s.batch_size // 2, 1)
-        raise ValueError(
-            f"out of memory at batch size {s.batch_size}: try --batch-size {half} --accumulate "
-            f"{s.accumulate * (2 if s.batch_size > 1 else 1)}, or --gradient-checkpointing"
-        ) from error
-
-
 def _need_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
@@ -363,15 +319,7 @@ def _need_tensorboard() -> None:
         ) from None
 
 
-def _state_bytes(n_params: int, s: DistillSettings) -> int:
+def _state_bytes(n_params: float, s: DistillSettings) -> float:
     """Weights, gradients and optimiser of the student, float32, and its average."""
     per_weight = 4 + 4 + (2 if s.optimiser == "adamw8bit" else 8) + (4 if s.ema else 0)
     return n_params * per_weight
-
-
-def _peak_bytes(device: Any) -> int:
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -86,6 +86,9 @@ class Watched(nn.Module):
         self.unet = unet
         self.names = tuple(names)
         self._seen: dict[str, Tensor] = {}
+        classes = {type(module).__name__ for module in unet.modules()}
+        whole = getattr(unet, "_no_split_modules", None) or ()
+        self._no_split_modules = [name for name in whole if name in classes]  # FSDP's units
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """As the U-Net is called; its output and the features."""

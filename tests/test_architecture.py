@@ -18,7 +18,7 @@ FLOORS = [
     for floor in (
         "blocks",
         "bypass study presets single_file counting cost machine series storage twin losses"
-        " studyfile",
+        " studyfile gathering",
         "data models sampling metrics inception lpips graphs operators drawing masks grids"
         " checkpoints stages halving",
         "calibration backends clip pictures skeleton space card comparing check ldm lora sources"
@@ -27,7 +27,7 @@ FLOORS = [
         " features comparison estimates",
         "importance profiling proposals lessons judges speed sections",
         "distill measuring terminal search evaluate report",
-        "profile_view search_view racing",
+        "profile_view search_view distill_view racing",
         "cli_analyze cli_profile cli_prune cli_run",
         "distill_job evaluate_job",
         "race_job",

@@ -1,0 +1,144 @@
+"""FSDP: a student held in slices learns what it learns whole, and its checkpoints fit both."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
+
+from bkprune import gathering, load
+from bkprune.caching import Cache
+from bkprune.checkpoints import Checkpoints, read_log
+from bkprune.cli import app
+from tests.sharded import EMA, STEPS, STOP, Sharded
+from tests.test_distill import distillation, log_of, quick, random_cache, reached
+
+ROOT = Path(__file__).parents[1]
+
+
+def two_processes(*words: str) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.sharded", *words],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def whole(cache: Cache) -> Any:
+    settings = quick(steps=STEPS, batch_size=4, ema=EMA)
+    return distillation(cache, settings, accelerator=Accelerator(cpu=True))
+
+
+def test_slices_learn_what_the_whole_learns(tmp_path: Path) -> None:
+    cache = random_cache(tmp_path / "cache")
+    for folder in ("whole", "ended"):
+        run = whole(cache)
+        stop = STOP if folder == "ended" else STEPS
+        run.run(tmp_path / folder, "s", wants_stop=partial(reached, run, stop))
+    two_processes(str(tmp_path))
+    begun = Checkpoints(tmp_path / "begun", "s").latest()
+    assert begun is not None
+    assert begun["step"] == STOP
+    assert whole(cache).run(tmp_path / "begun", "s")
+
+    expected = Checkpoints(tmp_path / "whole", "s").latest()
+    assert expected is not None
+    for folder in ("begun", "ended"):
+        found = Checkpoints(tmp_path / folder, "s").latest()
+        assert found is not None
+        assert found["step"] == STEPS
+        for a, b in zip(log_of(tmp_path / folder), log_of(tmp_path / "whole"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert found["student"].keys() == expected["student"].keys()
+        for name, value in expected["student"].items():
+            torch.testing.assert_close(found["student"][name], value, atol=2e-4, rtol=1e-3)
+        for a, b in zip(found["ema"], expected["ema"], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+        assert found["optimiser"]["state"].keys() == expected["optimiser"]["state"].keys()
+
+
+def test_the_command_in_slices(tmp_path: Path) -> None:
+    runner = CliRunner()
+    small, latents, out = tmp_path / "small", tmp_path / "latents", tmp_path / "run"
+    words = ["prune", "emoji", "--mask", "bk-sdm-base", "--out", str(small), "-q"]
+    assert runner.invoke(app, words).exit_code == 0
+    words = ["cache", "emoji", "--split", "heldout", "--out", str(latents), "--no-flip", "-q"]
+    assert runner.invoke(app, words).exit_code == 0
+    words = ["distill", str(small), "--teacher", "emoji", "--data", str(latents)]
+    words += ["--out", str(out), "--steps", "2", "--batch-size", "2", "--ema", "0.5", "--quiet"]
+    two_processes(*words)
+    assert [row["step"] for row in read_log(out)] == [1, 2]
+    assert (out / "previews" / "step-00000002.png").exists()
+    unet = load(str(out / "distilled")).unet
+    kept = torch.load(
+        out / "checkpoints" / "step-00000002" / "state.pt", map_location="cpu", weights_only=True
+    )
+    for parameter, average in zip(unet.parameters(), kept["ema"], strict=True):
+        assert torch.equal(parameter.detach(), average.half().float())  # stored in float16
+
+
+def test_the_first_version_of_fsdp_is_refused(tmp_path: Path) -> None:
+    try:
+        with pytest.raises(ValueError, match="fsdp_version: 2"):
+            distillation(
+                random_cache(tmp_path / "cache"),
+                quick(),
+                accelerator=Sharded(cpu=True, version=1),
+            )
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_what_was_gathered_is_put_back(tmp_path: Path) -> None:
+    run = whole(random_cache(tmp_path / "cache"))
+    run.run(tmp_path / "run", "s")
+    optimiser: Any = run.optimiser
+    before = [p.detach().clone() for p in run.student.parameters()]
+    given = gathering.weights(run.student), gathering.moments(run.student, optimiser)
+    given = copy.deepcopy(given)  # where nothing is sliced they are the student's own tensors
+    with torch.no_grad():
+        for p in run.student.parameters():
+            p.zero_()
+    state = optimiser.state[next(iter(run.student.parameters()))]
+    moment = state["exp_avg"].clone()
+    state["exp_avg"].zero_()
+    gathering.set_weights(run.student, given[0])
+    gathering.set_moments(run.student, optimiser, given[1])
+    assert all(torch.equal(a, b) for a, b in zip(run.student.parameters(), before, strict=True))
+    assert torch.equal(optimiser.state[next(iter(run.student.parameters()))]["exp_avg"], moment)
+
+
+def test_a_gradient_scaler_goes_on(tmp_path: Path) -> None:
+    cache = random_cache(tmp_path / "cache")
+
+    def run() -> Any:
+        made = whole(cache)
+        made.acc.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return made
+
+    first = run()
+    first.run(tmp_path / "whole", "s")
+    scale = first.acc.scaler.get_scale()
+    assert scale == 8.0 * 2**3
+    begun = run()
+    begun.run(tmp_path / "begun", "s", wants_stop=partial(reached, begun, STOP))
+    again = run()
+    assert again.run(tmp_path / "begun", "s")
+    assert again.acc.scaler.get_scale() == scale
+    assert log_of(tmp_path / "begun") == log_of(tmp_path / "whole")
