@@ -74,9 +74,9 @@ class Distillation:
         self.acc = self.accelerator or Accelerator(mixed_precision=s.precision)
         self.is_sharded = self.acc.distributed_type == DistributedType.FSDP
         if self.is_sharded and not self.acc.is_fsdp2:
-            raise ValueError(
-                "FSDP needs its second version: fsdp_version: 2 in accelerate's config"
-            )
+            raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in accelerate's config")
+        if self.is_sharded and s.optimiser == "adamw8bit":
+            raise ValueError("--optimiser adamw8bit cannot be shared out by FSDP; use adamw")
         self.lessons = Lessons(
             self.teacher,
             [tap.name for tap in self.taps],

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from bkprune import gathering, load
@@ -93,13 +94,18 @@ def test_the_command_in_slices(tmp_path: Path) -> None:
         assert torch.equal(parameter.detach(), average.half().float())  # stored in float16
 
 
-def test_the_first_version_of_fsdp_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "optimiser", "words"),
+    [(1, "adamw", "fsdp_version: 2"), (2, "adamw8bit", "adamw8bit cannot be shared out")],
+)
+def test_what_cannot_be_sliced_is_refused(
+    version: int, optimiser: str, words: str, tmp_path: Path
+) -> None:
+    cache = random_cache(tmp_path / "cache")
     try:
-        with pytest.raises(ValueError, match="fsdp_version: 2"):
+        with pytest.raises(ValueError, match=words):
             distillation(
-                random_cache(tmp_path / "cache"),
-                quick(),
-                accelerator=Sharded(cpu=True, version=1),
+                cache, quick(optimiser=optimiser), accelerator=Sharded(cpu=True, version=version)
             )
     finally:
         AcceleratorState._reset_state()
@@ -141,4 +147,23 @@ def test_a_gradient_scaler_goes_on(tmp_path: Path) -> None:
     again = run()
     assert again.run(tmp_path / "begun", "s")
     assert again.acc.scaler.get_scale() == scale
+    assert log_of(tmp_path / "begun") == log_of(tmp_path / "whole")
+
+
+def test_eight_bit_moments_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
+    cache = random_cache(tmp_path / "cache")
+
+    def run() -> Any:
+        settings = quick(steps=STEPS, batch_size=4, optimiser="adamw8bit")
+        return distillation(cache, settings, accelerator=Accelerator(cpu=True))
+
+    run().run(tmp_path / "whole", "s")
+    begun = run()
+    begun.run(tmp_path / "begun", "s", wants_stop=partial(reached, begun, STOP))
+    assert run().run(tmp_path / "begun", "s")
+    kept = Checkpoints(tmp_path / "begun", "s").latest()
+    assert kept is not None
+    leaves = tree_leaves(kept["optimiser"]["state"])  # weights of 4,096 elements and more
+    assert any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.uint8 for leaf in leaves)
     assert log_of(tmp_path / "begun") == log_of(tmp_path / "whole")
