@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bkprune.stages import Record, Stage
     from bkprune.studyfile import StudyFile
 
+_BUILT_IN = ("emoji",)
+
 
 def run(
     context: typer.Context,
@@ -37,6 +39,7 @@ def run(
     with everything that depends on it; each time it says why.
     """
     with one_line_errors("the same command goes on where it stopped"):
+        from bkprune.needs import lacking
         from bkprune.stages import Record, stages_of
 
         root = context.find_root().command
@@ -44,9 +47,15 @@ def run(
         folder = out or asked.path.parent / "run"
         stages = stages_of(asked, folder)
         record = Record(folder, asked)
+        due = [stage for stage in stages if record.why(stage)]
+        missing = lacking(asked, due, folder, brings=asked.model in _BUILT_IN)
         if dry_run:
             _plan(asked, stages, record, as_json=as_json)
+            for line in missing:
+                notice(f"before it can run: {line}")
             return
+        if missing:
+            raise ValueError(f"{asked.path}: {'; '.join(missing)}")
         _all(root, asked, folder, stages, record, quiet=quiet)
         report = folder / "report.html"
         typer.echo(json.dumps({"report": str(report)}) if as_json else str(report))
@@ -105,7 +114,7 @@ def _read(root: Any, path: Path) -> StudyFile:
         ]
         for name in studyfile.COMMANDS
     }
-    return studyfile.read(path, options, tuple(PRESETS), _parser(root), ("emoji",))
+    return studyfile.read(path, options, tuple(PRESETS), _parser(root), _BUILT_IN)
 
 
 def _parser(root: Any) -> Callable[[str, list[str]], str | None]:
@@ -172,17 +181,20 @@ def _duration(seconds: float) -> str:
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder of the new study.")] = Path(),
     model: Annotated[str, typer.Option(help="As in `analyze`.")] = "emoji",
+    data: Annotated[
+        Path | None, typer.Option(help="Captioned pictures, for analysis, training and prompts.")
+    ] = None,
 ) -> None:
     """Write a commented study.toml to start from."""
     with one_line_errors("nothing was written"):
         from bkprune.study import write_atomic
-        from bkprune.studyfile import NAME, TEMPLATE
+        from bkprune.studyfile import NAME, begun
 
         path = folder / NAME
         if path.exists():
             raise ValueError(f"{path} is there already; choose another folder")
-        quoted = model.replace("\\", "\\\\").replace('"', '\\"')
-        write_atomic(path, TEMPLATE.replace("{model}", quoted).encode())
+        text = begun(path, model, data, brings=model in _BUILT_IN)
+        write_atomic(path, text.encode())
         typer.echo(str(path))
 
 

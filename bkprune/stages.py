@@ -142,7 +142,7 @@ def stages_of(asked: StudyFile, run: Path) -> list[Stage]:
 def _recipe(search: Sequence[str], distill: Sequence[str], source: Sequence[str]) -> Iterator[str]:
     """Options of `distill` as the race of a search takes them, but for those it has of its own."""
     if "--kd" not in search:
-        for name, values in _options(distill).items():
+        for name, values in options_of(distill).items():
             if name in RECIPE:
                 yield from ("--kd", f"{name.removeprefix('--')}={values[0] if values else 'true'}")
     if "--kd-data" not in search and "--data" in source:
@@ -226,7 +226,7 @@ class Record:
         if made is None:
             return ""
         now = self._now(stage)
-        before, after = _options(made["words"]), _options(now["words"])
+        before, after = options_of(made["words"]), options_of(now["words"])
         for name in dict.fromkeys((*before, *after)):
             if before.get(name) != after.get(name):
                 pair = (before.get(name), after.get(name))
@@ -285,8 +285,8 @@ def _aside(folder: Path) -> None:
     folder.rename(old)
 
 
-def _options(words: Sequence[str]) -> dict[str, list[str]]:
-    """Options with their values; arguments under `arguments`."""
+def options_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """Options of a command's words with their values; arguments under `arguments`."""
     out: dict[str, list[str]] = {"arguments": []}
     name = "arguments"
     for word in words:

@@ -8,6 +8,7 @@ does not know what commands do.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,13 +183,50 @@ def _words(
     return tuple(words)
 
 
-TEMPLATE = """\
+def begun(path: Path, model: str, data: Path | None, *, brings: bool) -> str:
+    """The text of a study to start from.
+
+    Args:
+        path: where it will lie; what is given as a path is written relative to it.
+        model: as `analyze` takes it.
+        data: captioned pictures, if they are known.
+        brings: whether the model has data and prompts of its own, so that it may go without.
+    """
+
+    def line(key: str, value: str) -> str:
+        return f"{'# ' if brings and data is None else ''}{key} = {_quoted(value)}"
+
+    near = _seen_from(path, str(data)) if data is not None else "pairs"
+    told = {
+        "{model}": _quoted(model if brings else _seen_from(path, model)),
+        "{data}": line("data", near),
+        "{prompts}": line("prompts", near),
+    }
+    text = _TEMPLATE
+    for name, value in told.items():
+        text = text.replace(name, value)
+    return text
+
+
+def _seen_from(path: Path, value: str) -> str:
+    """A path that is there, relative to the study's folder; anything else as it is."""
+    there = Path(value)
+    if not there.exists() or there.is_absolute():
+        return value
+    return Path(os.path.relpath(there, path.parent)).as_posix()
+
+
+def _quoted(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+_TEMPLATE = """\
 # A study: `bkprune run` does everything in it, skips what is up to date, and resumes.
 # A section is a command, its keys are that command's options: see `bkprune COMMAND --help`.
 # A section that is taken out is a stage that is not run. Paths are relative to this file.
 
 [study]
-model = "{model}"        # emoji (built in), a diffusers folder, a .safetensors file, or a hub id
+model = {model}  # emoji (built in), a diffusers folder, a .safetensors file, or a hub id
 compare = ["bk-sdm-base"]  # published masks, treated like the winner and shown beside it
 
 [hardware]
@@ -197,7 +235,7 @@ compare = ["bk-sdm-base"]  # published masks, treated like the winner and shown 
 
 [analyze]                # what every block is worth
 samples = 256
-# data = "pairs"         # captioned pictures, or a .txt of prompts; emoji brings its own
+{data}  # captioned pictures, or a .txt of prompts; emoji brings its own
 
 [profile]                # what every block costs here
 validate = 10            # random masks that are measured whole, to test the prediction
@@ -206,6 +244,7 @@ max-seconds = 20
 [search]                 # the mask that loses least within the budgets
 budget = ["latency<=0.6x"]  # also params, macs, memory, weights; absolute (40ms, 500M) or 0.6x
 trials = 100
+{data}
 # objective = "distilled"   # rank the finalists by a short distillation; see docs/studies.md
 
 [prune]
@@ -214,9 +253,10 @@ trials = 100
 steps = 1000
 batch-size = 32
 lr = 1e-4
-# data = "pairs"
+{data}
 
 [evaluate]
-# protocol = "coco30k"   # or emoji, or own (then: prompts = "prompts.txt")
+{prompts}  # a .txt, .csv or .jsonl, or captioned pictures
+# protocol = "coco30k"   # or emoji, or own
 # n = 1000
 """

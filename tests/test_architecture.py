@@ -22,7 +22,7 @@ FLOORS = [
         "data models sampling metrics inception lpips graphs operators drawing masks grids"
         " checkpoints stages halving",
         "calibration backends clip pictures skeleton space card comparing check ldm lora sources"
-        " plots plots_cost plots_search plots_distill plots_eval protocols evidence",
+        " plots plots_cost plots_search plots_distill plots_eval protocols evidence needs",
         "ablation latency measured memory program judging caching recipe export generation"
         " features comparison estimates",
         "importance profiling proposals lessons judges speed sections",
@@ -79,6 +79,7 @@ WITHOUT_TORCH |= {
     "storage",
     "studyfile",
     "stages",
+    "needs",
     "sections",
     "evidence",
     "comparison",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,57 @@ def test_init_writes_a_study_that_can_be_planned(tmp_path: Path) -> None:
     refused(run("init", tmp_path / "new"), "study.toml", "is there already")
     assert run("init", tmp_path / "other", "--model", 'a"b\\c').exit_code == 0
     assert 'model = "a\\"b\\\\c"' in (tmp_path / "other" / "study.toml").read_text()
+
+
+def test_init_names_what_it_is_given_as_seen_from_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15").mkdir()
+    (tmp_path / "pictures").mkdir()
+    assert run("init", "mine", "--model", "./sd15", "--data", "pictures").exit_code == 0
+    text = (tmp_path / "mine" / "study.toml").read_text()
+    assert 'model = "../sd15"' in text
+    assert text.count('\ndata = "../pictures"') == 3
+    assert '\nprompts = "../pictures"' in text
+    monkeypatch.chdir("/")
+    planned = run("run", tmp_path / "mine", "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "before it can run" not in planned.stderr
+
+
+def test_what_is_not_there_is_said_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init", "mine", "--model", "somebody/sd15").exit_code == 0
+    everywhere = "[analyze] [search] [distill] data = 'pairs': no such file or folder"
+    refused(run("run", "mine"), "study.toml", everywhere, "[evaluate] prompts = 'pairs'")
+    assert not (tmp_path / "mine" / "run").exists()
+    planned = run("run", "mine", "--dry-run")
+    assert planned.exit_code == 0
+    assert f"before it can run: {everywhere}" in planned.stderr
+    path = tmp_path / "mine" / "study.toml"
+    path.write_text(re.sub("^(data|prompts) = .*$", "", path.read_text(), flags=re.M))
+    refused(
+        run("run", "mine"),
+        "[analyze] [search] [distill] needs data = ...: somebody/sd15 brings none",
+        "[evaluate] needs prompts",
+    )
+
+
+def test_patterns_and_urls_are_not_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "study.toml").write_text(
+        STUDY.replace('data = "pairs"', f'data = "{tmp_path}/pairs/{{000..009}}.tar"').replace(
+            "n = 3", f'n = 3\nreference = "{tmp_path}/none.npz"\nprompts = "a.txt"'
+        )
+    )
+    planned = run("run", tmp_path, "--dry-run")
+    said = [line for line in planned.stderr.splitlines() if "before it can run" in line]
+    assert len(said) == 1
+    assert "[evaluate] reference" in said[0]
 
 
 @pytest.mark.parametrize(
