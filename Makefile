@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench teacher clean
+.PHONY: demo test lint format docs bench teacher clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bkprune run studies/emoji --out demo
@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 
 # Two tests at a time, one thread each: twice as fast as one test with two threads.
 test: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every command of the README and the docs, on the built-in model: about a quarter of an hour.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.run_docs
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py

@@ -37,6 +37,7 @@ app = typer.Typer(
     help="Fit a Stable Diffusion checkpoint to a budget by removing U-Net blocks.",
     epilog="Example: bkprune analyze emoji --out demo",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )

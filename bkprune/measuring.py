@@ -201,6 +201,11 @@ def _made_to_add_up(
     left_in = [f"{name}.conv_shortcut" for name, kind in plan.items() if kind == "shortcut"]
     empty -= sum(float(np.median(shares[name])) for name in left_in)
     total = sum(float(np.median(shares[name])) for name in modules)
+    if total <= 0:
+        raise ValueError(
+            "every block takes no longer than an empty call: these times do not depend on the "
+            "network (--latency-cmd: is its output about {onnx}, and the pattern the right number?)"
+        )
     scale = (1 - max(empty, 0.0)) / total
     return {name: share * scale for name, share in shares.items()}
 

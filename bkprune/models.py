@@ -160,7 +160,8 @@ def download(hub_id: str) -> Path:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:
         raise ValueError(
-            f"{hub_id}: cannot be had from the hub ({first_line(error)}); give a local folder"
+            f"{hub_id}: no such folder here, and the hub does not give it; check the name or the "
+            f"connection (`bkprune --debug` shows more): {first_line(error)[:160]}"
         ) from error
 
 

@@ -40,6 +40,7 @@ def test_version_and_help() -> None:
         result = run(*command, "--help")
         assert result.exit_code == 0
         assert "Example" in result.stdout
+        assert run(*command, "-h").stdout == result.stdout
 
 
 def test_blocks_prints_the_inventory() -> None:

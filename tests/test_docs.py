@@ -1,4 +1,4 @@
-"""Every command in the README and the docs is one that the commands take."""
+"""Every command in the README and the docs is one that the commands take; `make docs` runs them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,13 @@ import pytest
 import typer.main
 
 from bkprune.cli import app
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"^ {4}((?:accelerate launch -m bkprune\.cli|bkprune) .*)$", re.M)
-INLINE = re.compile(r"`(bkprune [a-z]+(?: [^`]*)?)`")
-
-
-def commands() -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        found += [(page.name, line) for line in COMMAND.findall(text)]
-        inline = [" ".join(line.split()) for line in INLINE.findall(text)]
-        found += [(page.name, line) for line in inline if " --" in line]
-    return found
+from tests.run_docs import ELSEWHERE, PAGES, TABLE, commands, documented, whole, words_of
 
 
 def parsed(line: str) -> Any:
     """The context that typer makes of a command line; raises what a user would see."""
     words = shlex.split(line, comments=True)
-    words = words[4:] if words[0] == "accelerate" else words[1:]
+    words = words[words.index("bkprune.cli") + 1 if words[0] == "accelerate" else 1 :]
     root: Any = typer.main.get_command(app)
     if words[0].startswith("--"):
         return root.make_context("bkprune", words)
@@ -42,15 +28,14 @@ def test_there_are_many() -> None:
     assert len(commands()) > 30
 
 
-def whole(line: str) -> bool:
-    """Neither cut short by an ellipsis, nor about any command, nor a call for help."""
-    words = shlex.split(line, comments=True)
-    return not {"...", "COMMAND", "--help", "--install-completion"} & set(words)
-
-
 @pytest.mark.parametrize(("page", "line"), [c for c in commands() if whole(c[1])])
 def test_every_command_parses(page: str, line: str) -> None:
     assert parsed(line).info_name in line.split(), page
+
+
+def test_every_command_is_run_by_make_docs() -> None:
+    run = {words_of(line) for line in (*TABLE, *ELSEWHERE)}
+    assert {words_of(line) for line in documented()} == run
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -142,6 +142,10 @@ def test_graphs_of_blocks_and_whole_are_timed_elsewhere(tmp_path: Path) -> None:
     assert twins.nunique() == 1  # graphs of one shape are timed once
     assert table.loc["rest", "latency_ms"] >= 0  # timed: the U-Net without any block
 
+    script.write_text("print(12.5)")
+    args = ["profile", tmp_path / "unet", "--out", tmp_path / "constant", *QUICK]
+    refused(run(*args, "--latency-cmd", command), "do not depend on the network", "{onnx}")
+
 
 @pytest.mark.parametrize(
     ("args", "words"),
