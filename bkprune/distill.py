@@ -143,6 +143,13 @@ class Distillation:
                     return False
         return True
 
+    def _any(self, wish: bool) -> bool:
+        """Whether any process wishes it: all stop after the same step, or none does."""
+        if self.acc.num_processes == 1:
+            return wish
+        wishes = self.acc.reduce(torch.tensor(float(wish), device=self.acc.device), "sum")
+        return bool(wishes > 0)
+
     @contextmanager
     def opened(self, folder: Path, stamp: str) -> Iterator[Distillation]:
         """Ready to learn, from the newest checkpoint of the folder if there is one."""
@@ -156,7 +163,7 @@ class Distillation:
             log = Log(folder, self.step) if self.acc.is_main_process else None
             if log is not None:
                 stack.callback(log.close)
-            history = [row["loss"] for row in (log.rows if log else []) if not row.get("skipped")]
+            history = list(state["history"]) if state is not None else []
             self._going = _Going(student, kept, log, history)
             stack.callback(setattr, self, "_going", None)
             yield self
@@ -198,7 +205,7 @@ class Distillation:
         """Log and checkpoint to the disk, by the main process; all bring it what they hold."""
         going = self._going
         assert going is not None, "save inside `with opened`"
-        state = self._state()
+        state = {**self._state(), "history": going.history[-_HISTORY:]}
         if going.log is not None:
             going.log.sync()
             going.kept.save(self.step, state)
@@ -268,13 +275,6 @@ class Distillation:
         return distillation_losses(own, theirs, lesson.target, names, self.settings.losses, weights)
 
     # --- state -----------------------------------------------------------------------------------
-
-    def _any(self, wish: bool) -> bool:
-        """Whether any process wishes it: all stop after the same step, or none does."""
-        if self.acc.num_processes == 1:
-            return wish
-        wishes = self.acc.reduce(torch.tensor(float(wish), device=self.acc.device), "sum")
-        return bool(wishes > 0)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -120,6 +120,7 @@ NAMES = {
     "DIR": "SMALL",
 }
 _SMALL_STUDY = (
+    ('["latency<=0.6x"]', '["macs<=0.7x"]'),  # two seconds of timing promise nothing
     ("samples = 256", "samples = 8\nbins = 2"),
     ("validate = 10 ", "validate = 1 "),
     ("max-seconds = 20", "max-seconds = 2"),

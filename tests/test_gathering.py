@@ -130,6 +130,21 @@ def test_what_was_gathered_is_put_back(tmp_path: Path) -> None:
     assert torch.equal(optimiser.state[next(iter(run.student.parameters()))]["exp_avg"], moment)
 
 
+def test_every_process_knows_the_losses_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts as a spike must not depend on who keeps the log."""
+    cache = random_cache(tmp_path / "cache")
+    first = whole(cache)
+    first.run(tmp_path / "run", "s", wants_stop=partial(reached, first, STOP))
+    losses = [row["loss"] for row in read_log(tmp_path / "run")]
+    again = whole(cache)
+    monkeypatch.setattr(Accelerator, "is_main_process", False)  # another keeps the log
+    with again.opened(tmp_path / "run", "s"):
+        assert again._going.log is None
+        assert again._going.history == losses
+
+
 def test_a_gradient_scaler_goes_on(tmp_path: Path) -> None:
     cache = random_cache(tmp_path / "cache")
 
