@@ -1,10 +1,9 @@
 """FSDP without a GPU: accelerate shards on CUDA alone, torch shards on gloo as well.
 
-    python -m torch.distributed.run --nproc-per-node=2 -m tests.sharded FOLDER
-    python -m torch.distributed.run --nproc-per-node=2 -m tests.sharded distill ...
+    python -m torch.distributed.run --nproc-per-node=2 -m tests.sharded FOLDER distill ...
 
 In FOLDER, whose `cache` is there, one run is begun and stopped by one process after three steps,
-and another, stopped there before, is ended. The second form is any command of `bkprune`.
+and another, stopped there before, is ended; then comes a command of `bkprune`.
 """
 
 from __future__ import annotations
@@ -58,8 +57,6 @@ def begin_and_end(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) == 2:
-        begin_and_end(Path(sys.argv[1]))
-    else:
-        accelerate.Accelerator = Sharded
-        main()
+    begin_and_end(Path(sys.argv.pop(1)))
+    accelerate.Accelerator = Sharded
+    main()

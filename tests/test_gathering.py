@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
@@ -21,6 +22,8 @@ from bkprune import gathering, load
 from bkprune.caching import Cache
 from bkprune.checkpoints import Checkpoints, read_log
 from bkprune.cli import app
+from bkprune.data import read_pairs
+from bkprune.models import BUILT_IN
 from tests.sharded import EMA, STEPS, STOP, Sharded
 from tests.test_distill import distillation, log_of, quick, random_cache, reached
 
@@ -45,25 +48,40 @@ def whole(cache: Cache) -> Any:
     return distillation(cache, settings, accelerator=Accelerator(cpu=True))
 
 
-def test_slices_learn_what_the_whole_learns(tmp_path: Path) -> None:
-    cache = random_cache(tmp_path / "cache")
-    for folder in ("whole", "ended"):
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes at work on what one began, on what one will end, and on a whole command."""
+    folder = tmp_path_factory.mktemp("sharded")
+    cache = random_cache(folder / "cache")
+    for name, stop in (("whole", STEPS), ("ended", STOP)):
         run = whole(cache)
-        stop = STOP if folder == "ended" else STEPS
-        run.run(tmp_path / folder, "s", wants_stop=partial(reached, run, stop))
-    two_processes(str(tmp_path))
-    begun = Checkpoints(tmp_path / "begun", "s").latest()
+        run.run(folder / name, "s", wants_stop=partial(reached, run, stop))
+    words = ["prune", "emoji", "--mask", "bk-sdm-base", "--out", str(folder / "small"), "-q"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    pairs = read_pairs(BUILT_IN["emoji"] / "pairs.zip")
+    (folder / "pairs").mkdir()
+    for i in range(4):
+        Image.fromarray(pairs.picture(i)).save(folder / "pairs" / f"{i}.png")
+        (folder / "pairs" / f"{i}.txt").write_text(pairs.captions[i])
+    words = ["distill", str(folder / "small"), "--teacher", "emoji", "--device", "cpu", "--quiet"]
+    words += ["--data", str(folder / "pairs"), "--out", str(folder / "run"), "--steps", "2"]
+    two_processes(str(folder), *words, "--batch-size", "2", "--ema", "0.5")
+    return folder
+
+
+def test_slices_learn_what_the_whole_learns(sharded: Path) -> None:
+    begun = Checkpoints(sharded / "begun", "s").latest()
     assert begun is not None
     assert begun["step"] == STOP
-    assert whole(cache).run(tmp_path / "begun", "s")
+    assert whole(Cache(sharded / "cache")).run(sharded / "begun", "s")
 
-    expected = Checkpoints(tmp_path / "whole", "s").latest()
+    expected = Checkpoints(sharded / "whole", "s").latest()
     assert expected is not None
     for folder in ("begun", "ended"):
-        found = Checkpoints(tmp_path / folder, "s").latest()
+        found = Checkpoints(sharded / folder, "s").latest()
         assert found is not None
         assert found["step"] == STEPS
-        for a, b in zip(log_of(tmp_path / folder), log_of(tmp_path / "whole"), strict=True):
+        for a, b in zip(log_of(sharded / folder), log_of(sharded / "whole"), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert found["student"].keys() == expected["student"].keys()
@@ -74,16 +92,8 @@ def test_slices_learn_what_the_whole_learns(tmp_path: Path) -> None:
         assert found["optimiser"]["state"].keys() == expected["optimiser"]["state"].keys()
 
 
-def test_the_command_in_slices(tmp_path: Path) -> None:
-    runner = CliRunner()
-    small, latents, out = tmp_path / "small", tmp_path / "latents", tmp_path / "run"
-    words = ["prune", "emoji", "--mask", "bk-sdm-base", "--out", str(small), "-q"]
-    assert runner.invoke(app, words).exit_code == 0
-    words = ["cache", "emoji", "--split", "heldout", "--out", str(latents), "--no-flip", "-q"]
-    assert runner.invoke(app, words).exit_code == 0
-    words = ["distill", str(small), "--teacher", "emoji", "--data", str(latents)]
-    words += ["--out", str(out), "--steps", "2", "--batch-size", "2", "--ema", "0.5", "--quiet"]
-    two_processes(*words)
+def test_the_command_in_slices(sharded: Path) -> None:
+    out = sharded / "run"
     assert [row["step"] for row in read_log(out)] == [1, 2]
     assert (out / "previews" / "step-00000002.png").exists()
     unet = load(str(out / "distilled")).unet
